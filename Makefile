@@ -1,0 +1,65 @@
+# Everything a person does here: make train, make test, make check. Needs Python 3.11, a C++ compiler and make; no root.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/ringfold
+N ?= 2
+STEPS ?= 300
+PACKAGES := $(VENV)/.packages
+# The editable install's own product: if build/ is wiped, or a source changed, it is made again.
+CORE := build/dev/ringfold/_core.abi3.so
+SOURCES := $(shell find csrc -name '*.cpp' -not -path '*/test/*') $(shell find csrc -name '*.h' -not -path '*/test/*') \
+	$(wildcard runtime/ringfold/*.py runtime/ringfold/*.pyi) setup.py pyproject.toml
+
+.PHONY: help venv train test test-full check format sanitize bench clean
+
+help:
+	@echo 'make train [N=2] [STEPS=300]   train a small GPT on N processes'
+	@echo 'make test                      the tests (make test-full: also the slow ones)'
+	@echo 'make check                     ruff and mypy (make format: let ruff write)'
+	@echo 'make sanitize                  the C++ tests under ASan, UBSan and TSan'
+	@echo 'make bench                     all_reduce and train_step beside gloo'
+	@echo 'make venv                      only install into $(VENV)'
+
+venv: $(CORE)
+
+# A Python without ensurepip (Debian without python3-venv) can still make the folder, and its own pip fills it.
+$(PACKAGES): constraints.txt pyproject.toml
+	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV) || \
+		{ $(PYTHON) -m venv --without-pip --clear $(VENV) && $(PYTHON) -m pip --python $(VENV)/bin/python install pip; }
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt setuptools wheel torch==$$(sed -n 's/^torch==//p' constraints.txt)
+	touch $@
+
+$(CORE): $(PACKAGES) $(SOURCES)
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[test,check]'
+	touch $@
+
+train: venv
+	$(RUN) run -n $(N) examples/train_gpt.py --steps $(STEPS)
+
+test: venv
+	$(MAKE) -C csrc/test run
+	$(VENV)/bin/python -m pytest -m 'not slow'
+
+test-full: venv
+	$(MAKE) -C csrc/test run
+	$(VENV)/bin/python -m pytest
+
+check: venv
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: venv
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+sanitize:
+	$(MAKE) -C csrc/test sanitize
+
+bench: venv
+	$(RUN) bench all_reduce -n $(N)
+	$(RUN) bench train_step -n $(N)
+
+clean:
+	rm -rf build dist *.egg-info

@@ -1,0 +1,356 @@
+"""From a `Job` (what a launcher said) to a `Membership`: who is in this generation, where, and an authenticated link to each.
+
+    1. meet      reach the store: the launcher's; or rank 0's own, at an address that all were given (several hosts) or that
+                 rank 0 hands out on its host (`handoff.py`)
+    2. publish   every rank sets one record under its number and reads everybody else's
+    3. link      every pair connects: over a unix socket on one host, else over TCP
+
+A generation is one join: the job's id and how often this process has joined it, so joining and closing may be repeated, and what is
+late from one generation cannot enter the next. Every wait ends at one deadline, with the names of the ranks that did not arrive.
+It does not restart anything and does not watch anybody: from here on a link's end of file says that a rank died.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import secrets
+import socket
+import time
+from collections import Counter
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ringfold.collectives.connect import Listener, call, join_address, name_ranks, split_address
+from ringfold.collectives.conversation import pack_record, unpack_record
+from ringfold.collectives.environment import STORE, TIMEOUT_S, Job, claim_key, generation_prefix, member_key, open_key
+from ringfold.collectives.errors import AuthenticationError, CommunicationError, ConfigError, ConnectError
+from ringfold.collectives.handoff import FIRST_PAUSE_S, LONGEST_PAUSE_S, Handoff, receive_handoff
+from ringfold.collectives.store import Store, StoreServer
+
+_LINK = "link"
+_joins: Counter[tuple[str, int]] = Counter()  # how often this process has joined a job as a rank
+
+
+@dataclass(frozen=True)
+class _Member:
+    rank: int
+    world_size: int
+    transport: str
+    host: str
+    network: str
+    hostname: str
+    pid: int
+    tcp: str
+    unix: str
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} ({self.hostname}, pid {self.pid})"
+
+
+@dataclass
+class Membership:
+    """One rank's place in one generation, and its connections.
+
+    host_of: a host id for each rank; equal ids mean that shared memory and unix sockets reach.
+    links: a connected, authenticated, blocking socket for each other rank. Whoever takes one over detaches it; `close` closes the rest.
+    store: None if world_size is 1.
+    """
+
+    rank: int
+    world_size: int
+    generation: str
+    job: Job
+    store: Store | None
+    host_of: list[str]
+    hostnames: list[str]
+    pids: list[int]
+    links: dict[int, socket.socket] = field(default_factory=dict)
+    _members: list[_Member] = field(default_factory=list, repr=False)
+    _secret: bytes = field(default=b"", repr=False)
+    _listener: Listener | None = field(default=None, repr=False)
+    _server: StoreServer | None = field(default=None, repr=False)
+
+    def describe(self, rank: int) -> str:
+        """Return a rank as messages name it: "rank 1 (node-a, pid 4121)"."""
+        return f"rank {rank} ({self.hostnames[rank]}, pid {self.pids[rank]})"
+
+    def connect(self, purpose: str, members: list[int]) -> dict[int, socket.socket]:
+        """Make one more TCP connection to every other of these ranks; the sockets are the caller's.
+
+        All of them call it with the same purpose, which must be new in this generation.
+        Raises: ConnectError, naming the ranks that did not do so in time.
+        """
+        peers = [rank for rank in members if rank != self.rank]
+        if not peers:
+            return {}
+        if self._listener is None:
+            raise ConnectError(f"rank {self.rank} was to connect for {purpose!r} after its membership of {self.generation} was closed")
+        addresses = {peer: self._members[peer].tcp for peer in peers}
+        return _connect_all(self, self._listener, purpose, addresses, time.monotonic() + self.job.timeout_s)
+
+    def close(self) -> None:
+        """Close every connection that is still ours and end every thread. May be called again."""
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+        for sock in self.links.values():
+            sock.close()
+        if self.store is not None:
+            if self.rank == 0 and self._server is None:
+                with suppress(CommunicationError):  # the launcher and its store may have gone first
+                    self.store.delete(generation_prefix(self.generation))
+            self.store.close()
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+
+    def close_descriptors(self) -> None:
+        """In a forked child: close what it has inherited, without a word to anybody, so that peers see the parent's end when it comes."""
+        for sock in self.links.values():
+            sock.close()
+        if self._listener is not None:
+            self._listener.close_descriptors()
+        if self.store is not None:
+            self.store.close()
+        if self._server is not None:
+            self._server.close_descriptors()
+        self._listener = self.store = self._server = None
+
+
+def host_identity() -> str:
+    """Return an id that two processes share if and only if they share memory and unix sockets: the boot and three namespaces."""
+    return _identity("uts", "net", "ipc")
+
+
+def _identity(*namespaces: str) -> str:
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return " ".join([boot, *(os.readlink(f"/proc/self/ns/{kind}") for kind in namespaces)])
+
+
+def join(job: Job) -> Membership:
+    """Meet the other ranks of the job and connect to each of them; with world_size 1 nothing is opened.
+
+    Raises: ConnectError, naming the ranks that did not arrive in `job.timeout_s`. AuthenticationError, if this process does not hold
+    the job's secret. ConfigError, if ranks were told different things.
+    """
+    if not 0 <= job.rank < job.world_size:
+        raise ConfigError(f"rank is {job.rank}, expected 0 to {job.world_size - 1} (world_size is {job.world_size})")
+    _joins[job.job_id, job.rank] += 1
+    generation = f"{job.job_id}/{_joins[job.job_id, job.rank]}"
+    if job.world_size == 1:
+        return Membership(0, 1, generation, job, None, [host_identity()], [socket.gethostname()], [os.getpid()])
+    deadline = time.monotonic() + job.timeout_s
+    with ExitStack() as undo:
+        meeting = _meet(job, generation, deadline, undo)
+        listener = Listener(meeting.secret, generation, job.rank, meeting.store.local_host)
+        undo.callback(listener.close)
+        members = _exchange(job, generation, meeting, listener, deadline)
+        if meeting.handoff is not None:
+            meeting.handoff.close()
+        _check(job, members)
+        membership = Membership(
+            job.rank,
+            job.world_size,
+            generation,
+            job,
+            meeting.store,
+            [member.host for member in members],
+            [member.hostname for member in members],
+            [member.pid for member in members],
+            _members=members,
+            _secret=meeting.secret,
+            _listener=listener,
+            _server=meeting.server,
+        )
+        over_unix = {peer for peer in members if peer.host == members[job.rank].host and job.transport != "tcp"}
+        addresses = {peer.rank: peer.unix if peer in over_unix else peer.tcp for peer in members if peer.rank != job.rank}
+        membership.links.update(_connect_all(membership, listener, _LINK, addresses, deadline))
+        undo.pop_all()
+    return membership
+
+
+@dataclass(frozen=True)
+class _Meeting:
+    """The store that all ranks have reached, and what rank 0 serves for that."""
+
+    store: Store
+    secret: bytes
+    server: StoreServer | None = None
+    handoff: Handoff | None = None
+
+
+def _meet(job: Job, generation: str, deadline: float, undo: ExitStack) -> _Meeting:
+    if job.store is not None and job.secret is not None:
+        if job.source == "ringfold":
+            store = undo.enter_context(_reach(job, job.store, job.secret, deadline))
+            return _Meeting(store, job.secret)
+        if job.rank > 0:
+            store = undo.enter_context(_find(job, job.store, job.secret, generation, deadline))
+            return _Meeting(store, job.secret)
+        server = undo.enter_context(_serve(job, job.store, job.secret))
+        store = undo.enter_context(_reach(job, job.store, job.secret, deadline))
+        store.set(open_key(generation), b"")
+        return _Meeting(store, job.secret, server)
+    if job.rank > 0:
+        told = receive_handoff(generation, deadline)
+        if told is None:
+            raise _missing(job, [0], [])
+        return _Meeting(undo.enter_context(_reach(job, *told, deadline)), told[1])
+    secret = secrets.token_bytes(32)
+    server = undo.enter_context(StoreServer(secret))
+    handoff = Handoff(generation, server.address, secret, deadline)
+    undo.callback(handoff.close)
+    return _Meeting(undo.enter_context(_reach(job, server.address, secret, deadline)), secret, server, handoff)
+
+
+def _reach(job: Job, address: str, secret: bytes, deadline: float) -> Store:
+    try:
+        return Store(address, secret, max(0.001, deadline - time.monotonic()))
+    except AuthenticationError as error:
+        raise AuthenticationError(f"rank {job.rank} of {job.job_id} does not hold the job's secret: {error}") from None
+    except ConnectError as error:
+        raise ConnectError(f"rank {job.rank} of {job.job_id} did not reach the store: {error}") from None
+
+
+def _find(job: Job, address: str, secret: bytes, generation: str, deadline: float) -> Store:
+    """Reach the store that rank 0 opens for this generation; at the same address the one of the last may still be closing."""
+    reason = ""
+    pause_s = FIRST_PAUSE_S
+    while True:
+        try:
+            store = _reach(job, address, secret, deadline)
+            try:
+                if store.get(open_key(generation), max(0.0, deadline - time.monotonic())) is not None:
+                    return store
+            except BaseException:
+                store.close()
+                raise
+            store.close()
+            reason = f"the store at {address} serves another generation than {generation}"
+        except ConnectError as error:
+            reason = str(error)
+        if time.monotonic() + pause_s >= deadline:
+            raise ConnectError(f"{_missing(job, [0], [])}\n  Last attempt: {reason}")
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+
+def _serve(job: Job, address: str, secret: bytes) -> StoreServer:
+    host, port = split_address(address)
+    if job.local_size < job.world_size:
+        host = "::" if ":" in host else "0.0.0.0"  # what the host calls itself is often its loopback, which the others do not reach
+    try:
+        return StoreServer(secret, host, port)
+    except OSError as error:
+        raise ConnectError(
+            f"rank 0 of {job.job_id} cannot serve its store at {join_address(host, port)}: {error.strerror}. "
+            f"Set {STORE}=HOST:PORT to a free port on rank 0's host, for every worker."
+        ) from None
+
+
+def _exchange(job: Job, generation: str, meeting: _Meeting, listener: Listener, deadline: float) -> list[_Member]:
+    """Publish where this rank is, and read where the others are, in rank order."""
+    store = meeting.store
+    own = _Member(
+        job.rank,
+        job.world_size,
+        job.transport,
+        host_identity(),
+        _identity("net"),
+        socket.gethostname(),
+        os.getpid(),
+        listener.tcp_address,
+        listener.unix_address,
+    )
+    if store.add(claim_key(generation, job.rank), 1) > 1:
+        raise ConfigError(
+            f"{own} is the second process that says it is rank {job.rank} of {generation}: give every worker a rank of its own"
+        )
+    store.set(member_key(generation, job.rank), pack_record(vars(own)))
+    members: list[_Member] = []
+    for peer in range(job.world_size):
+        if peer == job.rank:
+            members.append(own)
+            continue
+        record = store.get(member_key(generation, peer), max(0.0, deadline - time.monotonic()))
+        if record is None:
+            raise _give_up(job, generation, meeting, members)
+        members.append(_read_member(record))
+    return members
+
+
+def _read_member(record: bytes) -> _Member:
+    fields = unpack_record(record)
+    if "given_up" in fields:
+        raise ConnectError(fields["given_up"])
+    expected: dict[str, Any] = dict.fromkeys(("rank", "world_size", "pid"), int) | dict.fromkeys(
+        ("transport", "host", "network", "hostname", "tcp", "unix"), str
+    )
+    return _Member(**{key: value for key, value in unpack_record(record, **expected).items() if key in expected})
+
+
+def _give_up(job: Job, generation: str, meeting: _Meeting, arrived: list[_Member]) -> ConnectError:
+    """Find out who is missing, and tell everybody who waits for them, so that all ranks end with the same names."""
+    store = meeting.store
+    missing = [peer for peer in range(job.world_size) if store.get(member_key(generation, peer), 0.0) is None]
+    error = _missing(job, missing, arrived, meeting.server.refused if meeting.server else 0)
+    for peer in missing:
+        store.set(member_key(generation, peer), pack_record({"given_up": str(error)}))
+    return error
+
+
+def _missing(job: Job, missing: list[int], arrived: list[_Member], refused: int = 0) -> ConnectError:
+    lines = [
+        f"{name_ranks(missing)} of {job.world_size} did not arrive: rank {job.rank} of {job.job_id} gave up after {job.timeout_s:.1f} s"
+    ]
+    if refused:
+        lines.append(f"{refused} connections were refused because they did not hold the job's secret")
+    if arrived:
+        lines.append("arrived: " + ", ".join(map(str, arrived)))
+    lines.append(f"Check that every worker was started and reached init(), or raise {TIMEOUT_S}.")
+    return ConnectError("\n  ".join(lines))
+
+
+def _check(job: Job, members: list[_Member]) -> None:
+    """Compare what the ranks were told, and whether they can reach each other with it."""
+    problems = []
+    for name, own in (("world_size", job.world_size), ("transport", job.transport)):
+        differing = [f"{member} has {getattr(member, name)}" for member in members if getattr(member, name) != own]
+        if differing:
+            problems.append(f"{name} is {own} on rank {job.rank}, but {', '.join(differing)}")
+    elsewhere = ", ".join(str(member) for member in members if member.host != members[0].host)
+    if elsewhere and job.transport == "shm":
+        problems.append(f"transport shm needs one host, but {elsewhere} shares no memory with {members[0]}: use auto or tcp")
+    hidden = [member for member in members if ipaddress.ip_address(split_address(member.tcp)[0]).is_loopback]
+    if hidden and any(member.network != members[0].network for member in members):
+        named = ", ".join(f"{member} at {member.tcp}" for member in hidden)
+        problems.append(
+            f"{named} is out of reach for other hosts: give {STORE} or MASTER_ADDR as an address that they reach, not as a name"
+        )
+    if problems:
+        raise ConfigError(f"the ranks of {job.job_id} do not fit together:\n  " + "\n  ".join(problems))
+
+
+def _connect_all(
+    membership: Membership, listener: Listener, purpose: str, addresses: dict[int, str], deadline: float
+) -> dict[int, socket.socket]:
+    """Call every lower rank, wait for every higher one."""
+    rank, secret, generation = membership.rank, membership._secret, membership.generation
+    with ExitStack() as undo:
+        connected: dict[int, socket.socket] = {}
+        for peer in sorted(peer for peer in addresses if peer < rank):
+            try:
+                connected[peer] = undo.enter_context(call(addresses[peer], secret, generation, purpose, rank, peer, deadline))
+            except ConnectError as error:
+                raise ConnectError(
+                    f"rank {rank} did not reach {membership.describe(peer)} for {purpose!r} of {generation}: {error}"
+                ) from None
+        try:
+            connected.update(listener.collect(purpose, (peer for peer in addresses if peer > rank), deadline))
+        except ConnectError as error:
+            raise ConnectError(f"{error} of {generation} within {membership.job.timeout_s:.1f} s: did they end, or not call it?") from None
+        undo.pop_all()
+    return connected

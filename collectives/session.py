@@ -1,0 +1,89 @@
+"""One rank's live place in a job: its membership, its shared page and its native context.
+
+A Session is made by `Session.join` and ended by `close`; Communicators are made on it. Children forked by the user's code (DataLoader workers) give
+up their copies of its descriptors at once: a peer learns of this process's death by an end of file, which a child that holds the other end would delay.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import weakref
+
+from ringfold.collectives import rendezvous
+from ringfold.collectives._native import check, core, pool
+from ringfold.collectives.environment import Job
+from ringfold.collectives.page import Page
+
+__all__ = ["Session"]
+
+# A wait spins this long for a peer that is about to answer; longer than any small collective, shorter than a time slice.
+SPIN_S = 200e-6
+
+_alive: weakref.WeakSet[Session] = weakref.WeakSet()
+
+
+class Session:
+    """A joined job as one rank sees it; `near[rank]` tells whether that rank shares this host's memory."""
+
+    def __init__(self, membership: rendezvous.Membership, page: Page) -> None:
+        self.membership = membership
+        self.page = page
+        self.job = membership.job
+        self.rank = membership.rank
+        self.world_size = membership.world_size
+        self.communicators_made: dict[tuple[str, tuple[int, ...]], int] = {}
+        self.near = [rank in membership.links and membership.links[rank].family == socket.AF_UNIX for rank in range(self.world_size)]
+        local = 1 + sum(self.near)
+        self.has_core_each = len(os.sched_getaffinity(0)) >= local
+        spin_s = SPIN_S if self.has_core_each else 0.0
+        self.context = core.context(pool, self.rank, self.world_size, membership.describe(self.rank), os.dup(page.fd), spin_s)
+        for peer, link in membership.links.items():
+            core.add_peer(self.context, peer, link.detach(), self.near[peer], membership.describe(peer))
+        check(core.start(self.context, self.job.timeout_s))
+        self._closed = False
+        _alive.add(self)
+
+    @classmethod
+    def join(cls, job: Job) -> Session:
+        """Find the other ranks of `job` and connect to each of them.
+
+        Raises:
+            ConnectError: somebody did not come before the job's timeout; names them.
+            AuthenticationError: somebody holds another secret.
+        """
+        page = Page.attach(os.dup(job.page_fd)) if job.page_fd is not None else Page.create(job.rank)
+        try:
+            membership = rendezvous.join(job)
+        except BaseException:
+            page.close()
+            raise
+        return cls(membership, page)
+
+    def note_step(self, step: int) -> None:
+        """Tell the launcher how far this rank is: `step` train steps are complete."""
+        core.note_step(self.context, step)
+
+    def close(self) -> None:
+        """Say farewell to the peers and end every thread, socket and mapping; may be called again."""
+        if self._closed:
+            return
+        self._closed = True
+        _alive.discard(self)
+        core.close_context(self.context)
+        self.membership.close()
+        self.page.close()
+
+    def _forget_in_child(self) -> None:
+        self._closed = True
+        core.forked(self.context)
+        self.membership.close_descriptors()
+
+
+def _forget_all_in_child() -> None:
+    for session in list(_alive):
+        session._forget_in_child()
+    _alive.clear()
+
+
+os.register_at_fork(after_in_child=_forget_all_in_child)

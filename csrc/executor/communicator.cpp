@@ -1,0 +1,245 @@
+#include "executor/communicator.h"
+
+#include <sys/socket.h>
+
+#include <algorithm>
+#include <cstdio>
+
+#include "common/deadline.h"
+#include "executor/context.h"
+#include "transport/shm/channel.h"
+#include "transport/tcp/channel.h"
+
+namespace ringfold {
+namespace {
+
+std::string Seconds(uint64_t nanoseconds) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%.1f s", static_cast<double>(nanoseconds) / 1e9);
+  return text;
+}
+
+// FNV-1a over the chunk offsets: uneven lengths must agree on every rank.
+uint32_t ShapeDigest(const std::vector<uint64_t>& offsets) {
+  uint32_t digest = offsets.empty() ? 0 : 2166136261u;
+  for (const uint64_t offset : offsets)
+    for (int shift = 0; shift < 64; shift += 8) digest = (digest ^ static_cast<uint8_t>(offset >> shift)) * 16777619u;
+  return digest;
+}
+
+shm::Ring* RingFor(const Mapping& arena, int sender, Lane lane, size_t ring_nbytes) {
+  return reinterpret_cast<shm::Ring*>(arena.data() + (static_cast<size_t>(sender) * kLanes + lane) * shm::RingBytes(ring_nbytes));
+}
+
+}  // namespace
+
+Communicator::Communicator(Context* context, uint32_t id, std::string name, std::vector<int> members)
+    : context_(context), id_(id), name_(std::move(name)), members_(std::move(members)) {
+  rank_ = static_cast<int>(std::find(members_.begin(), members_.end(), context->rank()) - members_.begin());
+  channels_.resize(members_.size());
+  sends_.resize(members_.size());
+  receives_.resize(members_.size());
+}
+
+void Communicator::AddSocket(int peer, Lane lane, int fd) {
+  Channels& channels = channels_[static_cast<size_t>(peer)];
+  channels.sockets[lane] = Descriptor(fd);
+  channels.senders[lane] = std::make_unique<tcp::ChannelSender>(fd);
+  channels.receivers[lane] = std::make_unique<tcp::ChannelReceiver>(fd);
+}
+
+Error Communicator::CreateArena(size_t ring_nbytes) {
+  ring_nbytes_ = ring_nbytes;
+  arena_ = Mapping::Create(members_.size() * kLanes * shm::RingBytes(ring_nbytes));
+  if (arena_.valid()) return {};
+  return {ErrorCode::kSystem, -1,
+          "no shared memory for the rings of a communicator of " + std::to_string(members_.size()) + " ranks (" +
+              std::to_string(members_.size() * kLanes * shm::RingBytes(ring_nbytes)) + " bytes): errno " + std::to_string(arena_.error()) +
+              "; see `ringfold doctor`"};
+}
+
+void Communicator::AttachArena(int peer, Mapping arena, Bell bell) {
+  Channels& channels = channels_[static_cast<size_t>(peer)];
+  channels.arena = std::move(arena);
+  for (const Lane lane : {kCollectiveLane, kMessageLane}) {
+    channels.senders[lane] = std::make_unique<shm::ChannelSender>(RingFor(channels.arena, rank_, lane, ring_nbytes_), ring_nbytes_, bell);
+    channels.receivers[lane] = std::make_unique<shm::ChannelReceiver>(RingFor(arena_, peer, lane, ring_nbytes_), ring_nbytes_, bell);
+  }
+}
+
+bool Communicator::IsOpen() const {
+  for (int peer = 0; peer < size(); ++peer)
+    if (peer != rank_ && channels_[static_cast<size_t>(peer)].senders[kMessageLane] == nullptr) return false;
+  return true;
+}
+
+std::vector<int> Communicator::sockets() const {
+  std::vector<int> fds;
+  for (const Channels& channels : channels_)
+    for (const Descriptor& socket : channels.sockets)
+      if (socket.valid()) fds.push_back(socket.get());
+  return fds;
+}
+
+size_t Communicator::Keep(std::unique_ptr<Program> program) {
+  programs_.push_back(std::move(program));
+  return programs_.size() - 1;
+}
+
+const Program* Communicator::MessageProgram(Kind kind, int peer) {
+  const Program*& known = message_programs_[{kind, peer}];
+  if (known == nullptr) known = programs_[Keep(Program::Message(kind, peer))].get();
+  return known;
+}
+
+std::shared_ptr<Operation> Communicator::Issue(Request request, int peer) {
+  OperationQueue* queue = &collectives_;
+  if (request.op == OpCode::kSend) queue = &sends_[static_cast<size_t>(peer)];
+  if (request.op == OpCode::kRecv) queue = &receives_[static_cast<size_t>(peer)];
+  Fingerprint fingerprint;
+  fingerprint.sequence = queue->next_sequence++;
+  // Both ends of a message are one operation.
+  fingerprint.operation = static_cast<uint8_t>(request.op == OpCode::kRecv ? OpCode::kSend : request.op);
+  fingerprint.dtype = static_cast<uint8_t>(request.dtype);
+  fingerprint.reduction = static_cast<uint8_t>(request.reduction);
+  fingerprint.algorithm = request.program->algorithm;
+  fingerprint.root = request.root;
+  fingerprint.shape = ShapeDigest(request.offsets);
+  fingerprint.count = request.count;
+  auto operation = std::make_shared<Operation>(std::move(request), fingerprint, rank_, size());
+  operation->record = context_->OpenRecord(*this, *operation);
+  if (!error_.ok()) operation->Fail(error_);
+  if (operation->finished()) {
+    context_->CloseRecord(*operation);
+    return operation;
+  }
+  queue->waiting.push_back(operation);
+  ++in_flight_;
+  if (queue != &collectives_) ++messages_in_flight_;
+  return operation;
+}
+
+std::vector<Communicator::OperationQueue*> Communicator::Queues() {
+  std::vector<OperationQueue*> all = {&collectives_};
+  for (auto& queue : sends_) all.push_back(&queue);
+  for (auto& queue : receives_) all.push_back(&queue);
+  return all;
+}
+
+void Communicator::Finish(OperationQueue* queue, Operation* operation) {
+  context_->CloseRecord(*operation);
+  --in_flight_;
+  if (queue != &collectives_) --messages_in_flight_;
+  queue->waiting.pop_front();
+}
+
+bool Communicator::Turn(OperationQueue* queue) {
+  bool moved = false;
+  while (!queue->waiting.empty()) {
+    Operation* operation = queue->waiting.front().get();
+    context_->StartRecord(*operation);
+    moved = operation->Advance(this) || moved;
+    if (operation->broken_peer() >= 0) {
+      Broken(*operation);
+      return true;
+    }
+    if (!operation->finished()) return moved;
+    Finish(queue, operation);
+  }
+  return moved;
+}
+
+bool Communicator::Progress() {
+  if (in_flight_ == 0) return false;
+  bool moved = Turn(&collectives_);
+  if (messages_in_flight_ > 0) {
+    for (auto& queue : sends_) moved = Turn(&queue) || moved;
+    for (auto& queue : receives_) moved = Turn(&queue) || moved;
+  }
+  return moved;
+}
+
+std::string Communicator::Describe(const Operation& operation) const {
+  const Fingerprint& f = operation.fingerprint();
+  bool far = false;
+  for (const Channels& channels : channels_) far = far || channels.sockets[kCollectiveLane].valid();
+  std::string text = std::string(OpName(static_cast<uint8_t>(operation.request().op))) + " #" + std::to_string(f.sequence) + " (";
+  if (operation.request().op != OpCode::kBarrier)
+    text += std::string(NameOf(operation.request().dtype)) + " x " + std::to_string(f.count) + ", ";
+  if (f.algorithm != 0) text += std::string(AlgorithmName(f.algorithm)) + " ";
+  return text + "over " + (far ? "tcp" : "shm") + ", axis " + name_ + ")";
+}
+
+std::string Communicator::Standing(const Operation& operation) const {
+  std::string text = "rank " + std::to_string(context_->rank()) + " was at step " + std::to_string(operation.steps_done()) + " of " +
+                     std::to_string(operation.steps());
+  const int peer = operation.WaitingFor();
+  if (peer < 0) return text + ", behind an earlier operation";
+  return text + ", waiting for " + context_->Label(WorldRank(peer)) + context_->LastOperation(WorldRank(peer));
+}
+
+void Communicator::Broken(const Operation& operation) {
+  const int culprit = WorldRank(operation.broken_peer());
+  if (!operation.mismatched()) {
+    context_->Lost(culprit);
+    return;
+  }
+  const FrameHeader& header = operation.foreign();
+  const Fingerprint& f = header.fingerprint;
+  std::string text = "ranks issue different operations on axis " + name_ + "\n  rank " + std::to_string(context_->rank()) + " is in " +
+                     Describe(operation) + "\n  " + context_->Label(culprit) + " sent " + OpName(f.operation) + " #" +
+                     std::to_string(f.sequence) + " (";
+  if (ValidDType(f.dtype)) text += std::string(NameOf(static_cast<DType>(f.dtype))) + " x " + std::to_string(f.count);
+  if (ValidReduction(f.reduction)) text += std::string(", ") + NameOf(static_cast<Reduction>(f.reduction));
+  if (f.algorithm != 0) text += std::string(", ") + AlgorithmName(f.algorithm);
+  if (f.root >= 0) text += ", root " + std::to_string(f.root);
+  text += ")\n  Every rank must issue the same operations with the same dtype, count and root, in the same order.";
+  const Error error = {ErrorCode::kMismatch, culprit, text};
+  context_->Abort(*this, error);
+}
+
+void Communicator::Fail(const Error& error) {
+  if (!error_.ok()) return;
+  error_ = error;
+  for (OperationQueue* queue : Queues()) {
+    while (!queue->waiting.empty()) {
+      Operation* operation = queue->waiting.front().get();
+      Error own = error;
+      if (error.code == ErrorCode::kPeerLost) own.text = Describe(*operation) + ": " + error.text + "\n  " + Standing(*operation);
+      operation->Fail(std::move(own));
+      Finish(queue, operation);
+    }
+  }
+}
+
+void Communicator::Check(uint64_t now) {
+  if (in_flight_ == 0) return;
+  for (OperationQueue* queue : Queues()) {
+    if (queue->waiting.empty()) continue;
+    const Operation& operation = *queue->waiting.front();
+    const int peer = operation.WaitingFor();
+    if (peer >= 0 && context_->HasLeft(WorldRank(peer)) && !channels_[static_cast<size_t>(peer)].sockets[kCollectiveLane].valid()) {
+      // Its farewell came after everything it sent; nothing moved, so nothing more will come.
+      if (Turn(queue)) continue;
+      Fail({ErrorCode::kPeerLost, WorldRank(peer), context_->Label(WorldRank(peer)) + " has left the job (it shut down or finished its script)"});
+      return;
+    }
+    if (now < operation.deadline_ns()) continue;
+    std::string text = Describe(operation) + " gave up after " + Seconds(operation.request().timeout_ns) + "\n  " + Standing(operation) +
+                       "\n  If that rank is slow, raise timeout_s (--timeout); if it has ended the loop early or issues other collectives, "
+                       "every rank must take part in each.";
+    context_->Abort(*this, {ErrorCode::kTimeout, peer < 0 ? -1 : WorldRank(peer), text});
+    return;
+  }
+}
+
+void Communicator::Expose(int peer, const char* data, size_t nbytes, uint64_t* region, uint64_t* offset) {
+  *region = 0;
+  *offset = 0;
+  if (channels_[static_cast<size_t>(peer)].sockets[kCollectiveLane].valid()) return;
+  context_->Announce(WorldRank(peer), data, nbytes, region, offset);
+}
+
+char* Communicator::Attach(int peer, uint64_t region, uint64_t offset) { return context_->MapRegion(WorldRank(peer), region, offset); }
+
+}  // namespace ringfold

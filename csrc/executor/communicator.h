@@ -1,0 +1,107 @@
+// An ordered set of ranks with channels between each pair, and the queues of operations issued on it.
+//
+// Collectives run one after the other. Messages to one peer run in order, as do messages from one peer, and neither waits for anything else.
+#pragma once
+
+#include <deque>
+#include <map>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "common/descriptor.h"
+#include "executor/operation.h"
+#include "memory/mapping.h"
+#include "transport/channel.h"
+#include "transport/shm/bell.h"
+
+namespace ringfold {
+
+class Context;
+
+class Communicator : public Peers {
+ public:
+  // `members`: world ranks, this one among them.
+  Communicator(Context* context, uint32_t id, std::string name, std::vector<int> members);
+
+  uint32_t id() const { return id_; }
+  const std::string& name() const { return name_; }
+  int rank() const { return rank_; }
+  int size() const { return static_cast<int>(members_.size()); }
+  const std::vector<int>& members() const { return members_; }
+  int WorldRank(int peer) const { return members_[static_cast<size_t>(peer)]; }
+
+  // Gives a peer of another host its socket for one lane (takes `fd`).
+  void AddSocket(int peer, Lane lane, int fd);
+  // The inbound rings of this rank, for the peers on its host; their frames arrive here.
+  Error CreateArena(size_t ring_nbytes);
+  const Mapping& arena() const { return arena_; }
+  // The rings of a peer on this host, of which one pair is this rank's to fill.
+  void AttachArena(int peer, Mapping arena, Bell bell);
+  // Ready once every peer has channels.
+  bool IsOpen() const;
+  std::vector<int> sockets() const;
+
+  // Keeps a compiled schedule and returns its number.
+  size_t Keep(std::unique_ptr<Program> program);
+  const Program* program(size_t number) const { return number < programs_.size() ? programs_[number].get() : nullptr; }
+  const Program* MessageProgram(Kind kind, int peer);
+
+  // Queues an operation. `peer`: the other end of a message, else -1.
+  std::shared_ptr<Operation> Issue(Request request, int peer);
+  bool Progress();
+  bool busy() const { return in_flight_ > 0; }
+
+  // Ends everything in flight, and everything to come, with this error.
+  void Fail(const Error& error);
+  const Error& error() const { return error_; }
+
+  // Fails what has passed its deadline or waits for a peer that has left.
+  void Check(uint64_t now);
+
+  // "all_reduce #412 (float32 x 1048576, ring over tcp, axis dp)"
+  std::string Describe(const Operation& operation) const;
+
+  Sender* SenderTo(int peer, Lane lane) override { return channels_[static_cast<size_t>(peer)].senders[lane].get(); }
+  Receiver* ReceiverFrom(int peer, Lane lane) override { return channels_[static_cast<size_t>(peer)].receivers[lane].get(); }
+  void Expose(int peer, const char* data, size_t nbytes, uint64_t* region, uint64_t* offset) override;
+  char* Attach(int peer, uint64_t region, uint64_t offset) override;
+
+ private:
+  struct Channels {
+    Descriptor sockets[kLanes];
+    Mapping arena;
+    std::unique_ptr<Sender> senders[kLanes];
+    std::unique_ptr<Receiver> receivers[kLanes];
+  };
+  struct OperationQueue {
+    std::deque<std::shared_ptr<Operation>> waiting;
+    uint32_t next_sequence = 0;
+  };
+
+  bool Turn(OperationQueue* queue);
+  void Finish(OperationQueue* queue, Operation* operation);
+  void Broken(const Operation& operation);
+  std::string Standing(const Operation& operation) const;
+  std::vector<OperationQueue*> Queues();
+
+  Context* context_;
+  uint32_t id_;
+  std::string name_;
+  std::vector<int> members_;
+  int rank_ = 0;
+  Mapping arena_;
+  size_t ring_nbytes_ = 0;
+  std::vector<Channels> channels_;  // by rank in the communicator
+  std::vector<std::unique_ptr<Program>> programs_;
+  std::map<std::pair<Kind, int>, const Program*> message_programs_;
+  OperationQueue collectives_;
+  std::vector<OperationQueue> sends_;     // by peer
+  std::vector<OperationQueue> receives_;  // by peer
+  size_t in_flight_ = 0;
+  size_t messages_in_flight_ = 0;
+  Error error_;
+};
+
+}  // namespace ringfold

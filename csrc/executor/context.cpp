@@ -1,0 +1,481 @@
+#include "executor/context.h"
+
+#include <sched.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <sys/stat.h>
+
+#include <algorithm>
+#include <cerrno>
+
+#include "common/deadline.h"
+
+namespace ringfold {
+namespace {
+
+constexpr uint64_t kBeat = 100 * kMillisecond;
+constexpr uint64_t kLookAtLinks = 200 * 1000;  // while spinning, every 200 us
+constexpr int kYields = 20;
+
+void Pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#else
+  asm volatile("yield");
+#endif
+}
+
+}  // namespace
+
+Context::Context(int rank, int size, std::string label, int page_fd, uint64_t spin_ns, Pool* pool)
+    : rank_(rank),
+      spin_ns_(spin_ns),
+      pool_(pool),
+      page_mapping_(Mapping::Attach(Descriptor(page_fd), sizeof(Page))),
+      epoll_(epoll_create1(EPOLL_CLOEXEC)),
+      doorbell_(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)),
+      peers_(static_cast<size_t>(size)) {
+  page_ = reinterpret_cast<Page*>(page_mapping_.data());
+  peers_[static_cast<size_t>(rank)].label = std::move(label);
+  if (page_ == nullptr || !epoll_.valid() || !doorbell_.valid()) {
+    error_ = SystemError("cannot map the rank's page or make its doorbell");
+    return;
+  }
+  // What another generation of this process left in flight is over.
+  page_->sleeping.store(0);
+  Watch(doorbell_.get(), EPOLLIN);
+}
+
+Context::~Context() { Close(); }
+
+void Context::Watch(int fd, uint32_t events) {
+  epoll_event event = {};
+  event.events = events;
+  epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, fd, &event);
+}
+
+void Context::AddPeer(int peer, int fd, bool near, std::string label) {
+  Peer& entry = peers_[static_cast<size_t>(peer)];
+  entry.label = std::move(label);
+  entry.near = near;
+  entry.link = std::make_unique<Link>(fd);
+  // Level-triggered: a link is always read to its end.
+  Watch(fd, EPOLLIN | EPOLLRDHUP);
+}
+
+Error Context::Start(uint64_t timeout_ns) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  if (!error_.ok()) return error_;
+  const uint64_t deadline = NowNs() + timeout_ns;
+  for (Peer& peer : peers_) {
+    if (peer.link == nullptr || !peer.near) continue;
+    const Error error = peer.link->Send(LinkType::kHello, sizeof(Page), 0, 0, "", {page_mapping_.fd(), doorbell_.get()}, deadline);
+    if (!error.ok()) return error;
+  }
+  Beat(NowNs());
+  page_->state.store(static_cast<uint32_t>(RankState::kRunning));
+  thread_ = std::make_unique<std::thread>([this] { RunThread(); });
+  return {};
+}
+
+Communicator* Context::AddCommunicator(uint32_t id, std::string name, std::vector<int> members) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  communicators_.push_back(std::make_unique<Communicator>(this, id, std::move(name), std::move(members)));
+  return communicators_.back().get();
+}
+
+Error Context::Open(Communicator* communicator, size_t ring_nbytes, uint64_t timeout_ns) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  const uint64_t deadline = NowNs() + timeout_ns;
+  // Edge-triggered: data of a later operation may wait in a socket for as long as the present one takes.
+  for (const int fd : communicator->sockets()) Watch(fd, EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET);
+  const std::vector<int>& members = communicator->members();
+  const bool any_near = std::any_of(members.begin(), members.end(), [this](int m) { return peers_[static_cast<size_t>(m)].near; });
+  if (any_near) {
+    Error error = communicator->CreateArena(ring_nbytes);
+    for (const int member : members) {
+      Peer& peer = peers_[static_cast<size_t>(member)];
+      if (error.ok() && peer.near) {
+        const Mapping& arena = communicator->arena();
+        error = peer.link->Send(LinkType::kArena, communicator->id(), arena.size(), 0, "", {arena.fd()}, deadline);
+      }
+    }
+    if (!error.ok()) return error;
+  }
+  for (;;) {
+    PumpLinks();
+    if (!error_.ok()) return error_;
+    std::string missing;
+    for (size_t i = 0; i < members.size(); ++i) {
+      Peer& peer = peers_[static_cast<size_t>(members[i])];
+      const auto arena = peer.arenas.find(communicator->id());
+      if (peer.page.valid() && arena != peer.arenas.end()) {
+        Page* page = reinterpret_cast<Page*>(peer.page.data());
+        communicator->AttachArena(static_cast<int>(i), std::move(arena->second), Bell(&page->sleeping, peer.doorbell.get()));
+        peer.arenas.erase(arena);
+      }
+      if (members[i] != rank_ && communicator->SenderTo(static_cast<int>(i), kMessageLane) == nullptr)
+        missing += (missing.empty() ? "" : ", ") + peer.label;
+      if (peer.left && !missing.empty()) return {ErrorCode::kPeerLost, members[i], peer.label + " left before axis " + communicator->name() + " was open"};
+    }
+    if (missing.empty()) return {};
+    if (NowNs() >= deadline)
+      return {ErrorCode::kTimeout, -1,
+              "axis " + communicator->name() + " (rank " + std::to_string(rank_) + " is a member) was not opened by: " + missing +
+                  "\n  Every member must make the same communicator."};
+    ReadEvents(10, &lock);
+  }
+}
+
+void Context::Drop(Communicator* communicator) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  communicator->Fail({ErrorCode::kClosed, -1, "axis " + communicator->name() + " is closed"});
+  const auto found = std::find_if(communicators_.begin(), communicators_.end(), [=](const auto& c) { return c.get() == communicator; });
+  if (found != communicators_.end()) communicators_.erase(found);
+}
+
+size_t Context::Keep(Communicator* communicator, std::unique_ptr<Program> program) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  return communicator->Keep(std::move(program));
+}
+
+std::shared_ptr<Operation> Context::Issue(Communicator* communicator, Request request, int peer, bool awaited) {
+  submitters_.fetch_add(1);
+  std::unique_lock<std::mutex> lock(mutex_);
+  submitters_.fetch_sub(1);
+  if (peer >= 0) request.program = communicator->MessageProgram(request.op == OpCode::kSend ? Kind::kSend : Kind::kRecv, peer);
+  auto operation = communicator->Issue(std::move(request), peer);
+  // The first step is this thread's, so that peers can start; a small operation may end right here.
+  Progress();
+  if (!awaited && !operation->finished() && inline_waiters_ == 0) WakeThread();
+  return operation;
+}
+
+bool Context::Progress() {
+  bool moved = false;
+  // By index: an operation that fails never removes a communicator, but user code may add one while the mutex is free.
+  for (size_t i = 0; i < communicators_.size(); ++i) moved = communicators_[i]->Progress() || moved;
+  return moved;
+}
+
+bool Context::Busy() const {
+  return std::any_of(communicators_.begin(), communicators_.end(), [](const auto& c) { return c->busy(); });
+}
+
+void Context::CheckDeadlines(uint64_t now) {
+  for (size_t i = 0; i < communicators_.size(); ++i) communicators_[i]->Check(now);
+}
+
+bool Context::Wait(const Operation& operation, uint64_t until_ns) {
+  if (operation.finished()) return true;
+  submitters_.fetch_add(1);
+  std::unique_lock<std::mutex> lock(mutex_);
+  submitters_.fetch_sub(1);
+  ++inline_waiters_;
+  page_->sleeping.store(0, std::memory_order_relaxed);  // this thread listens now
+  uint64_t now = NowNs();
+  uint64_t spin_until = now + spin_ns_;
+  uint64_t look_at_links = now + kLookAtLinks;
+  int idle = 0;
+  while (!operation.finished() && !closed_) {
+    if (Progress()) {
+      idle = 0;
+      continue;
+    }
+    ++idle;
+    if (spin_ns_ > 0 && idle % 64 != 0) {
+      Pause();
+      continue;
+    }
+    now = NowNs();
+    if (now >= until_ns) break;
+    if (now >= look_at_links) {
+      PumpLinks();
+      CheckDeadlines(now);
+      look_at_links = now + kLookAtLinks;
+    }
+    if (idle <= 64) spin_until = now + spin_ns_;
+    const bool spinning = now < spin_until;
+    if (spinning || (spin_ns_ == 0 && idle < kYields)) {
+      lock.unlock();
+      if (!spinning) sched_yield();
+      while (submitters_.load(std::memory_order_relaxed) > 0) sched_yield();
+      lock.lock();
+      continue;
+    }
+    Sleep(&lock, until_ns);
+  }
+  --inline_waiters_;
+  if (inline_waiters_ == 0 && Busy()) WakeThread();
+  return operation.finished();
+}
+
+void Context::Sleep(std::unique_lock<std::mutex>* lock, uint64_t until_ns) {
+  page_->sleeping.store(1);
+  std::atomic_thread_fence(std::memory_order_seq_cst);
+  if (Progress()) {
+    page_->sleeping.store(0);
+    return;
+  }
+  const uint64_t now = NowNs();
+  // Two inline sleepers cannot both be woken by one event, so then neither sleeps long.
+  const uint64_t longest = inline_waiters_ > 1 ? kMillisecond : 50 * kMillisecond;
+  const uint64_t ns = std::min(longest, until_ns > now ? until_ns - now : 0);
+  ReadEvents(static_cast<int>(ns / kMillisecond) + 1, lock);
+  page_->sleeping.store(0);
+  CheckDeadlines(NowNs());
+}
+
+void Context::ReadEvents(int timeout_ms, std::unique_lock<std::mutex>* lock) {
+  epoll_event events[64];
+  ++sleepers_;
+  lock->unlock();
+  const int n = epoll_wait(epoll_.get(), events, 64, timeout_ms);
+  lock->lock();
+  --sleepers_;
+  if (n <= 0) return;
+  uint64_t rings;
+  [[maybe_unused]] const ssize_t got = read(doorbell_.get(), &rings, sizeof rings);
+  PumpLinks();
+}
+
+void Context::WakeThread() {
+  if (thread_parked_) {
+    parked_.notify_one();
+  } else if (sleepers_ > 0) {
+    const uint64_t one = 1;
+    [[maybe_unused]] const ssize_t written = write(doorbell_.get(), &one, sizeof one);
+  }
+}
+
+void Context::Beat(uint64_t now) {
+  last_beat_ns_ = now;
+  page_->heartbeat_ns.store(now);
+}
+
+void Context::RunThread() {
+  std::unique_lock<std::mutex> lock(mutex_);
+  while (!stop_) {
+    const uint64_t now = NowNs();
+    if (now - last_beat_ns_ >= kBeat) {
+      Beat(now);
+      PumpLinks();
+      CheckDeadlines(now);
+    }
+    if (inline_waiters_ > 0 || !Busy()) {
+      thread_parked_ = true;
+      parked_.wait_for(lock, std::chrono::nanoseconds(kBeat));
+      thread_parked_ = false;
+      continue;
+    }
+    if (Progress()) {
+      if (submitters_.load(std::memory_order_relaxed) > 0) {
+        lock.unlock();
+        while (submitters_.load(std::memory_order_relaxed) > 0) sched_yield();
+        lock.lock();
+      }
+      continue;
+    }
+    Sleep(&lock, now + kBeat);
+  }
+}
+
+void Context::PumpLinks() {
+  for (size_t p = 0; p < peers_.size(); ++p) {
+    Peer& peer = peers_[p];
+    while (peer.link != nullptr) {
+      LinkMessage message;
+      const Link::Next next = peer.link->Receive(&message);
+      if (next == Link::Next::kNothing) break;
+      if (next == Link::Next::kMessage) {
+        Take(static_cast<int>(p), std::move(message));
+        continue;
+      }
+      peer.link.reset();  // also leaves the epoll set
+      if (!peer.left && !closed_) Lost(static_cast<int>(p));
+    }
+  }
+}
+
+void Context::Take(int world_rank, LinkMessage message) {
+  Peer& peer = peers_[static_cast<size_t>(world_rank)];
+  const auto mapping = [&](size_t nbytes) {
+    if (message.descriptors.empty()) return Mapping();
+    return Mapping::Attach(std::move(message.descriptors[0]), nbytes);
+  };
+  switch (message.type) {
+    case LinkType::kHello:
+      peer.page = mapping(message.a);
+      if (message.descriptors.size() > 1) peer.doorbell = std::move(message.descriptors[1]);
+      break;
+    case LinkType::kArena:
+      peer.arenas[static_cast<uint32_t>(message.a)] = mapping(message.b);
+      break;
+    case LinkType::kRegion:
+      peer.regions[message.a] = mapping(message.b);
+      break;
+    case LinkType::kUnregion:
+      peer.regions.erase(message.a);
+      break;
+    case LinkType::kAbort:
+      for (const auto& communicator : communicators_) {
+        if (communicator->id() != message.a) continue;
+        communicator->Fail({static_cast<ErrorCode>(message.b), static_cast<int>(message.c) - 1, "reported by " + peer.label + ": " + message.text});
+      }
+      break;
+    case LinkType::kBye:
+      peer.left = true;
+      break;
+  }
+}
+
+void Context::Lost(int world_rank) {
+  Peer& peer = peers_[static_cast<size_t>(world_rank)];
+  if (peer.lost) return;
+  peer.lost = true;
+  const std::string how = peer.left ? " has left the job (it shut down or finished its script)"
+                                    : " is gone: its connection closed without a farewell, so its process died";
+  FailAll({ErrorCode::kPeerLost, world_rank, peer.label + how + LastOperation(world_rank)});
+}
+
+void Context::FailAll(const Error& error) {
+  if (error_.ok()) error_ = error;
+  for (const auto& communicator : communicators_) communicator->Fail(error_);
+}
+
+void Context::Abort(Communicator& communicator, const Error& error) {
+  const uint64_t deadline = NowNs() + 100 * kMillisecond;
+  for (const int member : communicator.members()) {
+    Peer& peer = peers_[static_cast<size_t>(member)];
+    if (peer.link == nullptr || peer.left) continue;
+    peer.link->Send(LinkType::kAbort, communicator.id(), static_cast<uint64_t>(error.code), static_cast<uint64_t>(error.peer + 1), error.text, {},
+                    deadline);
+  }
+  communicator.Fail(error);
+}
+
+void Context::Cancel(Communicator* communicator, const std::string& why) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  Abort(*communicator, {ErrorCode::kClosed, rank_, why});
+}
+
+void Context::Announce(int world_rank, const char* data, size_t nbytes, uint64_t* region, uint64_t* offset) {
+  for (const uint64_t freed : pool_->FreedSince(&freed_cursor_)) {
+    for (Peer& peer : peers_) {
+      if (peer.announced.erase(freed) > 0 && peer.link != nullptr)
+        peer.link->Send(LinkType::kUnregion, freed, 0, 0, "", {}, NowNs() + kSecond);
+    }
+  }
+  RegionRef ref;
+  if (!pool_->Find(data, nbytes, &ref)) return;
+  Peer& peer = peers_[static_cast<size_t>(world_rank)];
+  if (peer.announced.count(ref.id) == 0) {
+    if (peer.link == nullptr) return;
+    if (!peer.link->Send(LinkType::kRegion, ref.id, ref.region_nbytes, 0, "", {ref.fd}, NowNs() + kSecond).ok()) return;
+    peer.announced.insert(ref.id);
+  }
+  *region = ref.id;
+  *offset = ref.offset;
+}
+
+char* Context::MapRegion(int world_rank, uint64_t region, uint64_t offset) {
+  Peer& peer = peers_[static_cast<size_t>(world_rank)];
+  auto found = peer.regions.find(region);
+  if (found == peer.regions.end()) {
+    PumpLinks();  // the descriptor was sent before the frame that names it
+    found = peer.regions.find(region);
+  }
+  if (found == peer.regions.end() || !found->second.valid() || offset > found->second.size()) return nullptr;
+  return found->second.data() + offset;
+}
+
+uint64_t Context::OpenRecord(const Communicator& communicator, const Operation& operation) {
+  const uint64_t index = page_->next_operation.load(std::memory_order_relaxed);
+  OperationRecord& record = page_->Record(index);
+  const Fingerprint& f = operation.fingerprint();
+  record.sequence = f.sequence;
+  record.communicator = communicator.id();
+  record.operation = static_cast<uint8_t>(operation.request().op);
+  record.dtype = f.dtype;
+  record.reduction = f.reduction;
+  record.count = f.count;
+  record.start_ns = operation.issued_ns();
+  record.end_ns = 0;
+  record.waiting_for = -1;
+  record.step = 0;
+  record.steps = static_cast<uint16_t>(std::min<size_t>(operation.steps(), 65535));
+  record.nbytes = operation.nbytes();
+  record.algorithm = f.algorithm;
+  record.state.store(static_cast<uint8_t>(RecordState::kIssued), std::memory_order_release);
+  page_->next_operation.store(index + 1, std::memory_order_release);
+  return index;
+}
+
+void Context::StartRecord(const Operation& operation) {
+  page_->Record(operation.record).state.store(static_cast<uint8_t>(RecordState::kStarted), std::memory_order_relaxed);
+}
+
+void Context::CloseRecord(const Operation& operation) {
+  OperationRecord& record = page_->Record(operation.record);
+  record.end_ns = NowNs();
+  record.step = static_cast<uint16_t>(std::min<size_t>(operation.steps_done(), 65535));
+  const int peer = operation.error().ok() ? -1 : operation.WaitingFor();
+  record.waiting_for = peer;
+  record.state.store(static_cast<uint8_t>(operation.error().ok() ? RecordState::kDone : RecordState::kFailed), std::memory_order_release);
+}
+
+std::string Context::LastOperation(int world_rank) const {
+  const Peer& peer = peers_[static_cast<size_t>(world_rank)];
+  if (!peer.page.valid()) return "";
+  Page* page = reinterpret_cast<Page*>(peer.page.data());
+  const uint64_t next = page->next_operation.load(std::memory_order_acquire);
+  if (next == 0) return ", which has issued no operation yet";
+  const OperationRecord& last = page->Record(next - 1);
+  const auto state = static_cast<RecordState>(last.state.load());
+  return std::string(", whose last operation was ") + OpName(last.operation) + " #" + std::to_string(last.sequence) +
+         (state == RecordState::kDone ? " (done)" : state == RecordState::kFailed ? " (failed)" : " (under way)");
+}
+
+Error Context::error() {
+  std::unique_lock<std::mutex> lock(mutex_);
+  return error_;
+}
+
+void Context::NoteStep(uint64_t step) {
+  page_->progress_step.store(step);
+  page_->progress_ns.store(NowNs());
+}
+
+void Context::Close() {
+  {
+    std::unique_lock<std::mutex> lock(mutex_);
+    if (closed_) return;
+    closed_ = true;
+    stop_ = true;
+    for (Peer& peer : peers_) {
+      if (peer.link != nullptr) peer.link->Send(LinkType::kBye, 0, 0, 0, "", {}, NowNs() + 100 * kMillisecond);
+    }
+    for (const auto& communicator : communicators_) communicator->Fail({ErrorCode::kClosed, -1, "this rank has shut down"});
+    if (thread_parked_) parked_.notify_one();
+    const uint64_t one = 1;
+    [[maybe_unused]] const ssize_t written = write(doorbell_.get(), &one, sizeof one);
+  }
+  if (thread_ != nullptr) thread_->join();
+  thread_.reset();
+  std::unique_lock<std::mutex> lock(mutex_);
+  communicators_.clear();
+  for (Peer& peer : peers_) peer = Peer();
+}
+
+void Context::Forked() {
+  closed_ = true;
+  [[maybe_unused]] std::thread* gone = thread_.release();  // the thread exists in the parent only
+  for (const auto& communicator : communicators_)
+    for (const int fd : communicator->sockets()) close(fd);
+  for (Peer& peer : peers_)
+    if (peer.link != nullptr) close(peer.link->fd());
+  close(epoll_.get());
+  close(doorbell_.get());
+}
+
+}  // namespace ringfold

@@ -1,0 +1,128 @@
+// One rank of one generation of one job: its links, communicators, page and native thread. Nothing in the core lives outside a Context or a Pool.
+//
+// One mutex guards everything. Whoever waits for an operation runs Progress() itself; the native thread does so while operations are in
+// flight and nobody waits. Neither holds the mutex while it sleeps.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <set>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "common/descriptor.h"
+#include "common/error.h"
+#include "executor/communicator.h"
+#include "executor/operation.h"
+#include "executor/page.h"
+#include "memory/mapping.h"
+#include "memory/pool.h"
+#include "transport/link.h"
+
+namespace ringfold {
+
+class Context {
+ public:
+  // `page_fd` (taken) is this rank's page, already sized. `spin_ns`: how long an inline wait spins before it sleeps; 0 where ranks outnumber cores.
+  Context(int rank, int size, std::string label, int page_fd, uint64_t spin_ns, Pool* pool);
+  ~Context();
+
+  // Takes the connected, authenticated socket to a peer. `near`: on this host, the socket can carry descriptors.
+  void AddPeer(int peer, int fd, bool near, std::string label);
+  // Greets every peer and starts the native thread.
+  Error Start(uint64_t timeout_ns);
+
+  Communicator* AddCommunicator(uint32_t id, std::string name, std::vector<int> members);
+  // Makes the channels to near peers and waits for theirs; sockets to far peers have been added before.
+  Error Open(Communicator* communicator, size_t ring_nbytes, uint64_t timeout_ns);
+  void Drop(Communicator* communicator);
+
+  // Keeps a compiled schedule for Request::program; returns its number.
+  size_t Keep(Communicator* communicator, std::unique_ptr<Program> program);
+  // Queues an operation and takes its first steps. `peer`: the other end of a message, else -1. `awaited`: the caller goes on to Wait at once.
+  std::shared_ptr<Operation> Issue(Communicator* communicator, Request request, int peer, bool awaited);
+  // Makes progress until the operation is finished or `until_ns`. True if it is finished.
+  bool Wait(const Operation& operation, uint64_t until_ns);
+  void Cancel(Communicator* communicator, const std::string& why);
+
+  // Says farewell and ends everything. Afterwards only the destructor may be called.
+  void Close();
+  // In a forked child: gives up the descriptors so that peers can see the parent's death, touching no lock and no thread.
+  void Forked();
+
+  Error error();
+  void NoteStep(uint64_t step);
+  void NoteState(RankState state) { page_->state.store(static_cast<uint32_t>(state)); }
+  int rank() const { return rank_; }
+
+  // For communicators, under the mutex.
+  uint64_t OpenRecord(const Communicator& communicator, const Operation& operation);
+  void StartRecord(const Operation& operation);
+  void CloseRecord(const Operation& operation);
+  const std::string& Label(int world_rank) const { return peers_[static_cast<size_t>(world_rank)].label; }
+  std::string LastOperation(int world_rank) const;
+  bool HasLeft(int world_rank) const { return peers_[static_cast<size_t>(world_rank)].left; }
+  void Lost(int world_rank);
+  void Abort(Communicator& communicator, const Error& error);
+  void Announce(int world_rank, const char* data, size_t nbytes, uint64_t* region, uint64_t* offset);
+  char* MapRegion(int world_rank, uint64_t region, uint64_t offset);
+
+ private:
+  struct Peer {
+    std::string label;
+    bool near = false;
+    std::unique_ptr<Link> link;
+    bool left = false;
+    bool lost = false;
+    Mapping page;
+    Descriptor doorbell;
+    std::map<uint32_t, Mapping> arenas;     // by communicator, not yet attached
+    std::map<uint64_t, Mapping> regions;    // its registered memory, as mapped here
+    std::set<uint64_t> announced;           // regions of ours that it has
+  };
+
+  bool Progress();
+  bool Busy() const;
+  void CheckDeadlines(uint64_t now);
+  void PumpLinks();
+  void Take(int world_rank, LinkMessage message);
+  void FailAll(const Error& error);
+  // Sleeps until something may have happened; the mutex is given up meanwhile. Does not sleep if a last look finds progress.
+  void Sleep(std::unique_lock<std::mutex>* lock, uint64_t until_ns);
+  void ReadEvents(int timeout_ms, std::unique_lock<std::mutex>* lock);
+  void Watch(int fd, uint32_t events);
+  void WakeThread();
+  void RunThread();
+  void Beat(uint64_t now);
+
+  const int rank_;
+  const uint64_t spin_ns_;
+  Pool* const pool_;
+  Mapping page_mapping_;
+  Page* page_;
+  Descriptor epoll_;
+  Descriptor doorbell_;
+
+  std::mutex mutex_;
+  std::atomic<int> submitters_{0};  // waiting for the mutex with something short to do
+  std::condition_variable parked_;
+  bool thread_parked_ = false;
+  bool stop_ = false;
+  int inline_waiters_ = 0;
+  int sleepers_ = 0;  // threads inside epoll_wait
+  std::unique_ptr<std::thread> thread_;
+
+  std::vector<Peer> peers_;  // by world rank; the own entry has only a label
+  std::vector<std::unique_ptr<Communicator>> communicators_;
+  size_t freed_cursor_ = 0;
+  Error error_;
+  bool closed_ = false;
+  uint64_t last_beat_ns_ = 0;
+};
+
+}  // namespace ringfold

@@ -1,0 +1,241 @@
+#include "executor/operation.h"
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+#include "common/deadline.h"
+#include "reduce/reduce.h"
+
+namespace ringfold {
+
+Operation::Operation(Request request, Fingerprint fingerprint, int rank, int size)
+    : request_(std::move(request)),
+      fingerprint_(fingerprint),
+      rank_(rank),
+      size_(size),
+      element_(SizeOf(request_.dtype)),
+      align_(std::max<size_t>(1, 64 / element_)),
+      issued_ns_(NowNs()),
+      deadline_ns_(issued_ns_ + request_.timeout_ns) {
+  if (request_.offsets.empty()) {
+    const Partition chunks(request_.count, request_.program->chunks, align_);
+    for (uint32_t c = 0; c <= request_.program->chunks; ++c) request_.offsets.push_back(chunks.Offset(c));
+  }
+  exposed_.assign(static_cast<size_t>(size), nullptr);
+  Load(request_.program);
+}
+
+void Operation::Load(const Program* program) {
+  program_ = program;
+  done_.assign(program->steps.size(), 0);
+  at_.assign(program->queues.size(), 0);
+  remaining_ = program->steps.size();
+  if (program->scratch_chunks > 0) {
+    uint64_t longest = 0;
+    for (size_t c = 0; c + 1 < request_.offsets.size(); ++c) longest = std::max(longest, request_.offsets[c + 1] - request_.offsets[c]);
+    slot_nbytes_ = (longest * element_ + 63) & ~size_t{63};
+    scratch_.resize(slot_nbytes_ * program->scratch_chunks);
+  }
+  if (remaining_ == 0) finished_.store(true, std::memory_order_release);
+}
+
+char* Operation::Base(Buffer buffer, uint16_t chunk) const {
+  if (buffer == Buffer::kScratch) return const_cast<char*>(scratch_.data()) + slot_nbytes_ * chunk;
+  const bool full = buffer == Buffer::kInput ? program_->input_full : program_->output_full;
+  char* base = buffer == Buffer::kInput ? request_.input : request_.output;
+  return full ? base + request_.offsets[chunk] * element_ : base;
+}
+
+void Operation::Range(const Block& block, size_t* begin, size_t* nbytes) const {
+  // Slot k of the scratch is cut as chunk k (modulo their number) is.
+  const size_t chunk = block.chunk % program_->chunks;
+  const size_t length = request_.offsets[chunk + 1] - request_.offsets[chunk];
+  const Partition segments(length, program_->segments, align_);
+  *begin = segments.Offset(block.segment) * element_;
+  *nbytes = segments.Offset(block.segment + 1) * element_ - *begin;
+}
+
+Operation::Span Operation::At(const Block& block) const {
+  if (!block.present()) return {nullptr, 0};
+  size_t begin, nbytes;
+  Range(block, &begin, &nbytes);
+  return {Base(block.buffer, block.chunk) + begin, nbytes};
+}
+
+bool Operation::Ready(const Step& step) const {
+  for (const uint32_t before : step.after)
+    if (!done_[before]) return false;
+  return true;
+}
+
+unsigned Operation::Divisor(const Step& step) const {
+  return step.final && request_.reduction == Reduction::Avg ? static_cast<unsigned>(size_) : 1;
+}
+
+Io Operation::RunReceive(const Step& step, Peers* peers) {
+  Receiver* receiver = peers->ReceiverFrom(step.peer, lane());
+  FrameHeader header;
+  const Io arrived = receiver->Peek(&header);
+  if (arrived != Io::kDone) return arrived;
+  const Span dst = At(step.dst);
+  const bool attach = step.kind == Kind::kAttach;
+  if (header.fingerprint != fingerprint_ || header.nbytes != (attach ? 0 : dst.nbytes)) {
+    mismatched_ = true;
+    foreign_ = header;
+    broken_peer_ = step.peer;
+    return Io::kBroken;
+  }
+  Sink sink;
+  sink.dst = dst.data;
+  sink.nbytes = header.nbytes;
+  if (step.kind == Kind::kRecvReduce) {
+    sink.local = At(step.src).data;
+    sink.dtype = request_.dtype;
+    sink.reduction = request_.reduction;
+    sink.divisor = Divisor(step);
+  }
+  if (attach) {
+    char* data = header.region == 0 ? nullptr : peers->Attach(step.peer, header.region, header.offset);
+    exposed_[static_cast<size_t>(step.peer)] = data;
+    unregistered_ = unregistered_ || data == nullptr;
+  }
+  return receiver->Receive(sink);
+}
+
+Io Operation::RunExpose(const Step& step, Peers* peers) {
+  const Buffer buffer = exposed_buffer();
+  const bool full = buffer == Buffer::kInput ? program_->input_full : program_->output_full;
+  const size_t own = static_cast<size_t>(rank_);
+  char* data = buffer == Buffer::kInput ? request_.input : request_.output;
+  const size_t count = full ? request_.count : request_.offsets[own + 1] - request_.offsets[own];
+  FrameHeader header;
+  header.fingerprint = fingerprint_;
+  peers->Expose(step.peer, data, count * element_, &header.region, &header.offset);
+  unregistered_ = unregistered_ || header.region == 0;
+  exposed_[own] = data;
+  return peers->SenderTo(step.peer, lane())->Send(header, nullptr);
+}
+
+void Operation::RunFold(const Step& step) {
+  size_t begin, nbytes;
+  Range(step.dst, &begin, &nbytes);
+  begin += request_.offsets[step.dst.chunk] * element_;
+  void* own = At(step.dst).data;
+  std::vector<const void*> srcs(static_cast<size_t>(size_));
+  std::vector<void*> dsts;
+  for (size_t r = 0; r < srcs.size(); ++r) {
+    srcs[r] = exposed_[r] + begin;
+    if (step.spread) dsts.push_back(exposed_[r] + begin);
+  }
+  if (!step.spread) dsts.push_back(own);
+  Fold(request_.dtype, request_.reduction, dsts.data(), dsts.size(), srcs.data(), srcs.size(), nbytes / element_,
+       request_.reduction == Reduction::Avg ? static_cast<unsigned>(size_) : 1);
+}
+
+void Operation::RunPull(const Step& step) {
+  size_t begin, nbytes;
+  Range(step.dst, &begin, &nbytes);
+  const bool full = exposed_buffer() == Buffer::kInput ? program_->input_full : program_->output_full;
+  if (full) begin += request_.offsets[step.dst.chunk] * element_;
+  const Span dst = At(step.dst);
+  if (nbytes > 0) std::memcpy(dst.data, exposed_[static_cast<size_t>(step.peer)] + begin, nbytes);
+}
+
+Io Operation::Run(const Step& step, Peers* peers) {
+  switch (step.kind) {
+    case Kind::kSend: {
+      const Span src = At(step.src);
+      FrameHeader header;
+      header.fingerprint = fingerprint_;
+      header.nbytes = src.nbytes;
+      return peers->SenderTo(step.peer, lane())->Send(header, src.data);
+    }
+    case Kind::kExpose:
+      return RunExpose(step, peers);
+    case Kind::kRecv:
+    case Kind::kRecvReduce:
+    case Kind::kAttach:
+      return RunReceive(step, peers);
+    case Kind::kCopy: {
+      const Span src = At(step.src);
+      const Span dst = At(step.dst);
+      if (src.nbytes > 0 && src.data != dst.data) std::memmove(dst.data, src.data, src.nbytes);
+      if (Divisor(step) > 1) Divide(request_.dtype, dst.data, dst.nbytes / element_, Divisor(step));
+      return Io::kDone;
+    }
+    case Kind::kReduce: {
+      const Span src = At(step.src);
+      const Span dst = At(step.dst);
+      ReducePair(request_.dtype, request_.reduction, dst.data, dst.data, src.data, dst.nbytes / element_, Divisor(step));
+      return Io::kDone;
+    }
+    case Kind::kFold:
+      RunFold(step);
+      return Io::kDone;
+    case Kind::kPull:
+      RunPull(step);
+      return Io::kDone;
+    case Kind::kFence:
+      return Io::kDone;
+  }
+  return Io::kDone;
+}
+
+bool Operation::Advance(Peers* peers) {
+  bool moved = false;
+  for (bool again = true, worked = false; again && !worked && remaining_ > 0;) {
+    again = false;
+    for (size_t q = 0; q < program_->queues.size(); ++q) {
+      const Queue& queue = program_->queues[q];
+      while (at_[q] < queue.steps.size()) {
+        const uint32_t index = queue.steps[at_[q]];
+        const Step& step = program_->steps[index];
+        if (!Ready(step)) break;
+        const Io io = Run(step, peers);
+        if (io == Io::kBlocked) break;
+        moved = true;
+        if (io == Io::kMoved) break;
+        if (io == Io::kBroken) {
+          broken_peer_ = step.peer;
+          return true;
+        }
+        done_[index] = 1;
+        ++at_[q];
+        --remaining_;
+        again = true;  // another queue may have waited for this step
+        if (step.kind == Kind::kFence && unregistered_ && program_->fallback != nullptr) {
+          // Every rank has seen the same answers at its first fence, so every rank turns here.
+          Load(program_->fallback.get());
+          q = program_->queues.size();
+          break;
+        }
+        if (queue.role == Queue::Role::kLocal) {
+          worked = true;  // perhaps a millisecond of folding: the other operations take their turn before the next
+          break;
+        }
+      }
+    }
+  }
+  if (remaining_ == 0) finished_.store(true, std::memory_order_release);
+  return moved;
+}
+
+void Operation::Fail(Error error) {
+  error_ = std::move(error);
+  finished_.store(true, std::memory_order_release);
+}
+
+int Operation::WaitingFor() const {
+  for (const Queue::Role role : {Queue::Role::kReceive, Queue::Role::kSend}) {
+    for (size_t q = 0; q < program_->queues.size(); ++q) {
+      const Queue& queue = program_->queues[q];
+      if (queue.role != role || at_[q] >= queue.steps.size()) continue;
+      const Step& step = program_->steps[queue.steps[at_[q]]];
+      if (Ready(step)) return step.peer;
+    }
+  }
+  return -1;
+}
+
+}  // namespace ringfold

@@ -1,0 +1,124 @@
+// One operation in flight: a program, where its queues stand, and the memory it works on.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "common/dtype.h"
+#include "common/error.h"
+#include "executor/codes.h"
+#include "executor/page.h"
+#include "executor/program.h"
+#include "transport/channel.h"
+
+namespace ringfold {
+
+// What the caller asks for. The memory stays valid, and its contents the operation's, until it is finished.
+struct Request {
+  const Program* program = nullptr;
+  OpCode op = OpCode::kBarrier;
+  DType dtype = DType::U8;
+  Reduction reduction = Reduction::Sum;
+  int root = -1;
+  uint64_t count = 0;              // elements of the whole vector
+  std::vector<uint64_t> offsets;  // of the chunks, in elements (chunks + 1 of them); empty: cut evenly
+  char* input = nullptr;
+  char* output = nullptr;
+  uint64_t timeout_ns = 0;
+};
+
+// What an operation needs of its communicator: one channel each way to each peer, and the peers' registered memory.
+class Peers {
+ public:
+  virtual ~Peers() = default;
+  virtual Sender* SenderTo(int peer, Lane lane) = 0;
+  virtual Receiver* ReceiverFrom(int peer, Lane lane) = 0;
+  // Finds registered memory for [data, data + nbytes) and makes sure the peer can map it; region 0 if it is not registered or the peer is far.
+  virtual void Expose(int peer, const char* data, size_t nbytes, uint64_t* region, uint64_t* offset) = 0;
+  // The address here of a peer's exposed memory, or null if it cannot be mapped.
+  virtual char* Attach(int peer, uint64_t region, uint64_t offset) = 0;
+};
+
+class Operation {
+ public:
+  Operation(Request request, Fingerprint fingerprint, int rank, int size);
+
+  // Runs every step that can run now. True if anything moved. Sets `finished` (and perhaps `error`) at the end.
+  bool Advance(Peers* peers);
+
+  // Ends the operation with an error.
+  void Fail(Error error);
+
+  bool finished() const { return finished_.load(std::memory_order_acquire); }
+  const Error& error() const { return error_; }
+  const Request& request() const { return request_; }
+  const Fingerprint& fingerprint() const { return fingerprint_; }
+  uint64_t deadline_ns() const { return deadline_ns_; }
+  uint64_t issued_ns() const { return issued_ns_; }
+  size_t nbytes() const { return request_.count * element_; }
+  size_t steps() const { return program_->steps.size(); }
+  size_t steps_done() const { return program_->steps.size() - remaining_; }
+
+  // The peer (rank in the communicator) whose action the first blocked step waits for, or -1.
+  int WaitingFor() const;
+  // After Advance failed on a stream: the peer at its other end, or -1.
+  int broken_peer() const { return broken_peer_; }
+  // After Advance met a frame of another operation: its header and sender.
+  bool mismatched() const { return mismatched_; }
+  const FrameHeader& foreign() const { return foreign_; }
+
+  uint64_t record = 0;  // index in the page
+
+ private:
+  struct Span {
+    char* data;
+    size_t nbytes;
+  };
+
+  void Load(const Program* program);
+  Span At(const Block& block) const;
+  char* Base(Buffer buffer, uint16_t chunk) const;
+  void Range(const Block& block, size_t* begin, size_t* nbytes) const;
+  bool Ready(const Step& step) const;
+  Io Run(const Step& step, Peers* peers);
+  Io RunReceive(const Step& step, Peers* peers);
+  Io RunExpose(const Step& step, Peers* peers);
+  void RunFold(const Step& step);
+  void RunPull(const Step& step);
+  unsigned Divisor(const Step& step) const;
+  Lane lane() const { return request_.op >= OpCode::kSend ? kMessageLane : kCollectiveLane; }
+  // reduce_scatter and all_gather expose what they read; the others the one vector they have.
+  Buffer exposed_buffer() const {
+    return request_.op == OpCode::kReduceScatter || request_.op == OpCode::kAllGather ? Buffer::kInput : Buffer::kOutput;
+  }
+
+  Request request_;
+  Fingerprint fingerprint_;
+  int rank_;
+  int size_;
+  size_t element_;
+  size_t align_;  // of chunk and segment boundaries, in elements
+  uint64_t issued_ns_;
+  uint64_t deadline_ns_;
+
+  const Program* program_ = nullptr;
+  std::vector<uint8_t> done_;    // by step
+  std::vector<uint32_t> at_;     // by queue: how many of its steps are done
+  size_t remaining_ = 0;
+  std::vector<char> scratch_;
+  size_t slot_nbytes_ = 0;
+
+  std::vector<char*> exposed_;   // by rank: its exposed vector as mapped here
+  bool unregistered_ = false;    // some rank's vector is not in registered memory
+
+  int broken_peer_ = -1;
+  bool mismatched_ = false;
+  FrameHeader foreign_;
+
+  Error error_;
+  std::atomic<bool> finished_{false};
+};
+
+}  // namespace ringfold

@@ -1,0 +1,54 @@
+// The control connection to one peer: small messages in order, descriptors with them (same host), and the peer's death as end of file.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "common/descriptor.h"
+#include "common/error.h"
+
+namespace ringfold {
+
+enum class LinkType : uint32_t {
+  kHello = 1,     // descriptors: page, doorbell
+  kArena = 2,     // a: communicator, b: bytes; descriptor: the sender's inbound rings
+  kRegion = 3,    // a: region, b: bytes; descriptor: registered memory
+  kUnregion = 4,  // a: region, unmapped by its owner
+  kAbort = 5,     // a: communicator, b: error code, c: rank at fault + 1; text: what happened
+  kBye = 6,       // an orderly end
+};
+
+struct LinkMessage {
+  LinkType type = LinkType::kBye;
+  uint64_t a = 0;
+  uint64_t b = 0;
+  uint64_t c = 0;
+  std::string text;
+  std::vector<Descriptor> descriptors;
+};
+
+class Link {
+ public:
+  // Takes the connected, authenticated stream socket `fd` and makes it nonblocking.
+  explicit Link(int fd);
+
+  // Sends a whole message; waits for room until `deadline_ns`. Descriptors are borrowed.
+  Error Send(LinkType type, uint64_t a, uint64_t b, uint64_t c, const std::string& text, const std::vector<int>& descriptors,
+             uint64_t deadline_ns);
+
+  enum class Next { kNothing, kMessage, kEnd };
+  // Takes the next message if all of it has arrived.
+  Next Receive(LinkMessage* message);
+
+  int fd() const { return socket_.get(); }
+  void Close() { socket_.Close(); }
+
+ private:
+  Descriptor socket_;
+  std::string buffer_;
+  std::vector<Descriptor> arrived_;  // descriptors of messages not yet taken, in order
+  bool ended_ = false;
+};
+
+}  // namespace ringfold

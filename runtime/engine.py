@@ -1,0 +1,329 @@
+"""Engine: one training step, the same call for every layout.
+
+    forward      each microbatch gives totals and counts (loss.py); the global count travels meanwhile (global_mean.py)
+    backward     of total / global count; buckets are summed over dp as soon as they are full, during the last microbatch
+    clip         by the norm of the whole gradient, which every rank holds after the sum: no communication
+    update       the optimizer on the original parameters, then the scheduler
+
+So the gradient is that of the mean over the global batch, whatever the number of ranks and microbatches and however unevenly rows and valid
+targets fall on them. A rank without rows contributes zero and still takes part. dp only in this version.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from ringfold.collectives.errors import ConfigError
+from ringfold.mixed_precision.precision import Precision
+from ringfold.parallel.batch_norm import synchronise_batch_norm
+from ringfold.parallel.buckets import GradientBuckets
+from ringfold.parallel.data_parallel import broadcast_state
+from ringfold.parallel.mesh import DeviceMesh
+from ringfold.parallel.sparse import sparse_parameter_names
+from ringfold.runtime import checkpoint, gradients
+from ringfold.runtime.batch import Batch, tensors_in
+from ringfold.runtime.data import ShardedData, shard
+from ringfold.runtime.evaluation import Metric, evaluate
+from ringfold.runtime.global_mean import GlobalMean, Policy
+from ringfold.runtime.loss import Term, loss_rule, name_of
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+__all__ = ["Engine"]
+
+
+class Engine:
+    """Train a model on the ranks of a mesh.
+
+    `model` is a module, or a function that builds one; every rank starts with rank 0's parameters and buffers. `loss(output, target)`
+    follows the rule in loss.py. `optimizer` is a function of the list of parameters, `scheduler` one of the optimizer, stepped after each
+    train step. `clip_norm` bounds the global gradient norm. `metrics` are functions (output, target) for `eval_step`, which return what a
+    loss may return. Collective, like all its methods but the plain attributes: every rank calls them in the same order.
+
+    `step` is the number of train steps done, `seconds` and `communication_share` the last step's time and the part of it that this rank
+    waited for others.
+
+    Raises: ConfigError, with what differs, if ranks hold different models; PrecisionError, LayoutError for what is not built.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Callable[[], nn.Module],
+        mesh: DeviceMesh,
+        *,
+        loss: Callable[..., Any],
+        optimizer: Callable[[list[nn.Parameter]], Optimizer],
+        scheduler: Callable[[Optimizer], LRScheduler] | None = None,
+        clip_norm: float | None = None,
+        metrics: Mapping[str, Metric] | None = None,
+        sync_batch_norm: bool = True,
+        bucket_mb: float = 25.0,
+    ) -> None:
+        mesh.layout.require_built()
+        if clip_norm is not None and not clip_norm > 0:
+            raise ConfigError(f"clip_norm is {clip_norm}, expected a norm above 0, or None for no clipping.")
+        if metrics and "loss" in metrics:
+            raise ConfigError("metrics: the name 'loss' is taken by the loss itself.")
+        self.mesh = mesh
+        self._comm = mesh["dp"]
+        self._cast = Precision.named(mesh.layout.precision).cast
+        self._micro = mesh.layout.micro
+        self._rule = loss_rule(loss)
+        self._metrics = dict(metrics or {})
+        self._mean = GlobalMean(self._rule, self._comm)
+        self._clip_norm = clip_norm
+        built = model if isinstance(model, nn.Module) else model()
+        if not isinstance(built, nn.Module):
+            raise ConfigError(f"model: {name_of(model)} returned {type(built).__name__}, expected a torch.nn.Module.")
+        self.module = built.to(mesh.device, self._cast)
+        broadcast_state(self.module, self._comm)
+        if sync_batch_norm:
+            synchronise_batch_norm(self.module, self._comm)
+        self._parameters = list(self.module.parameters())
+        self.optimizer = self._make_optimizer(optimizer)
+        self.scheduler = None if scheduler is None else self._make_scheduler(scheduler)
+        self._buckets = GradientBuckets(
+            self.module.named_parameters(), self._comm, averaged=False, bucket_mb=bucket_mb, sparse=sparse_parameter_names(self.module)
+        )
+        # Synchronised statistics are collectives inside the model: a rank without rows then has to call it too.
+        self._always_calls = any(getattr(part, "communicator", None) is not None for part in self.module.modules())
+        self._grad_norm: float | None = None
+        self._shards: list[ShardedData] = []
+        self._positions: list[dict[str, int]] = []
+        self.step = 0
+        self.seconds = 0.0
+        self.communication_share = 0.0
+        self._seconds_reducing = 0.0
+
+    @property
+    def count(self) -> float:
+        """The last step's global count of the loss: valid tokens, rows, or whatever it counts."""
+        return self._mean.count
+
+    @property
+    def seconds_waited(self) -> float:
+        """The time that this rank has waited for others in all train steps so far."""
+        return self._comm.seconds_waited + self._seconds_reducing
+
+    def train_step(self, batch: Any) -> float:
+        """Train on this rank's rows of a global batch and return the global mean loss, the same on every rank.
+
+        Raises: ConfigError for a batch or a loss that does not fit the rules, and on every rank if the global batch has no valid target.
+        """
+        began, waited = time.perf_counter(), self.seconds_waited
+        parts = self._microbatches(batch)
+        if not self.module.training:
+            self.module.train()
+        for parameter in self._parameters:
+            parameter.grad = None
+        self._grad_norm = None
+        loss, factor = self._forward_backward(parts)
+        self._finish_gradients(factor)
+        self.optimizer.step()
+        if self.scheduler is not None:
+            self.scheduler.step()
+        self.step += 1
+        self.mesh.world.page.set_progress(self.step)
+        self.seconds = time.perf_counter() - began
+        self.communication_share = (self.seconds_waited - waited) / self.seconds
+        return loss
+
+    def eval_step(self, batch: Any) -> dict[str, float]:
+        """Return the global means of the loss ("loss") and of every metric over this rank's rows of a global batch."""
+        return self.evaluate([batch])
+
+    def evaluate(self, batches: Iterable[Any]) -> dict[str, float]:
+        """Return the global means of the loss and of every metric over all rows of several global batches, in evaluation mode."""
+        prepared = (Batch.of(batch).to(self.mesh.device, self._cast) for batch in batches)
+        return evaluate(self.module, prepared, self._rule, self._metrics, self._comm)
+
+    def gather_metric(self, rows: Tensor) -> Tensor:
+        """Return the rows of all ranks in rank order, which is the order of the global batch; a 0-dim tensor is one row.
+
+        Raises: ConfigError on every rank if their rows have different shapes or dtypes.
+        """
+        rows = rows.detach().reshape(1) if rows.dim() == 0 else rows.detach()
+        kinds = self._comm.all_gather_object((tuple(rows.shape), str(rows.dtype)))
+        filled = {(shape[1:], dtype) for shape, dtype in kinds if shape[0]}
+        if len(filled) > 1:
+            raise ConfigError(f"gather_metric: ranks have rows of different kinds: {', '.join(map(str, kinds))}.")
+        tail = next(iter(filled))[0] if filled else rows.shape[1:]
+        width = torch.Size(tail).numel()
+        dtype = torch.uint8 if rows.dtype == torch.bool else rows.dtype
+        gathered = torch.empty(sum(shape[0] for shape, _ in kinds) * width, dtype=dtype)
+        self._comm.all_gather(gathered, rows.to("cpu", dtype).reshape(-1), counts=[shape[0] * width for shape, _ in kinds])
+        return gathered.view(-1, *tail).to(rows.device, rows.dtype)
+
+    @property
+    def grad_norm(self) -> float:
+        """The norm of the last step's gradient before clipping; not collective. Computed when asked for if nothing was clipped."""
+        if self._grad_norm is None:
+            self._grad_norm = gradients.norm(self._parameters)
+        return self._grad_norm
+
+    def grad(self, name: str) -> Tensor | None:
+        """Return a copy of the last step's gradient of a parameter, as the optimizer saw it; None if no rank used the parameter.
+
+        Raises: ConfigError if there is no parameter of that name.
+        """
+        parameters = dict(self.module.named_parameters(remove_duplicate=False))
+        if name not in parameters:
+            raise ConfigError(f"grad: the model has no parameter {name!r}. It has {', '.join(parameters)}.")
+        grad = parameters[name].grad
+        return None if grad is None else grad.detach().clone()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the full model under its own names on rank 0, and an empty dict elsewhere; tensors are the model's own, as torch's are."""
+        return dict(self.module.state_dict()) if self.mesh.rank == 0 else {}
+
+    def shard(self, source: Any, **options: Any) -> ShardedData:
+        """Return this rank's rows of a source of global batches, as `rf.shard`; `save` and `resume` keep its position."""
+        data = shard(source, self._comm, **options)
+        self._shards.append(data)
+        if self._positions:
+            data.load_state_dict(self._positions.pop(0))
+        return data
+
+    def save(self, directory: str | PathLike[str]) -> Path:
+        """Write a checkpoint into `directory`: model, optimizer, scheduler, step, random state, and the position in all sharded data.
+
+        Raises: CheckpointError on every rank; what was there before is still there.
+        """
+        names = list(self.module.named_parameters())
+        extra = {
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "data": [data.state_dict() for data in self._shards],
+            "random": self.mesh.world.all_gather_object(checkpoint.random_state()),
+        }
+        return checkpoint.save(
+            directory,
+            step=self.step,
+            model_state=self.state_dict(),
+            optimizer_state=checkpoint.optimizer_state_by_name(self.optimizer, names),
+            extra=extra,
+            comm=self.mesh.world,
+        )
+
+    def resume(self, directory: str | PathLike[str]) -> int:
+        """Load a checkpoint, or the newest complete one of a folder of them, into everything that `save` wrote; return its step.
+
+        Random state is restored where the number of ranks is the same.
+
+        Raises: Incomplete, Corrupt, or Incompatible (with all differences, before anything is changed).
+        """
+        found = checkpoint.load(directory, comm=self.mesh.world)
+        found.load_model(self.module)
+        found.load_optimizer(self.optimizer, list(self.module.named_parameters()))
+        extra = found.extra()
+        if self.scheduler is not None and extra["scheduler"] is not None:
+            self.scheduler.load_state_dict(extra["scheduler"])
+        self._positions = list(extra["data"])
+        for data in self._shards[: len(self._positions)]:
+            data.load_state_dict(self._positions.pop(0))
+        if len(extra["random"]) == self.mesh.size:
+            checkpoint.restore_random_state(extra["random"][self.mesh.rank])
+        self.step = found.step
+        return self.step
+
+    def close(self) -> None:
+        """Take the hooks off the model and close the communicator of the gradients; collective. `rf.shutdown()` does not need it."""
+        self._buckets.close()
+
+    def _microbatches(self, batch: Any) -> list[Batch]:
+        parts = Batch.of(batch).to(self.mesh.device, self._cast).microbatches(self._micro)
+        return parts if self._always_calls else [part for part in parts if part.rows]
+
+    def _forward_backward(self, parts: list[Batch]) -> tuple[float, float]:
+        """Run every microbatch and reduce; return the loss and the factor that the gradients still lack."""
+        mean = self._mean
+        mean.begin(self.step + 1, sum(self._rule.count_ahead(part.target, part.rows) for part in parts), single=self._micro == 1)
+        self._buckets.begin()
+        waiting: list[tuple[Term, ...]] = []
+        for i, part in enumerate(parts):
+            is_last = i == len(parts) - 1
+            with self._last_backward(is_last):
+                terms = self._terms(part)
+                if is_last:
+                    mean.reduce()
+                if mean.policy is Policy.BETWEEN:
+                    waiting.append(terms)
+                else:
+                    self._backward(terms, mean.weights())
+        if not parts:
+            if not mean.agreed:
+                mean.agree(None)
+            mean.reduce()
+        if waiting or not parts:
+            weights = mean.weights()
+        for i, terms in enumerate(waiting):
+            with self._last_backward(i == len(waiting) - 1):
+                self._backward(terms, weights)
+        began = time.perf_counter()
+        self._buckets.finish()
+        self._seconds_reducing += time.perf_counter() - began
+        return mean.finish()
+
+    def _last_backward(self, is_last: bool) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if is_last else self._buckets.no_sync()
+
+    def _terms(self, part: Batch) -> tuple[Term, ...]:
+        """Call model and loss; without rows the loss is not called, and the output only reaches backward as zero."""
+        output = part.call(self.module)
+        terms = self._rule(output, part.target, part.rows) if part.rows else None
+        if not self._mean.agreed:
+            self._mean.agree(terms)
+        if terms is None:
+            return (Term(torch.stack([t.sum() for t in tensors_in(output) if t.requires_grad]).sum() * 0.0),)
+        self._mean.add(terms)
+        return tuple(terms.values())
+
+    def _backward(self, terms: tuple[Term, ...], weights: list[float]) -> None:
+        roots = [(term.total, weight) for term, weight in zip(terms, weights, strict=False) if term.total.requires_grad and weight]
+        if not any(term.total.requires_grad for term in terms):
+            raise ConfigError(
+                f"train step {self.step + 1}: the loss does not depend on any trainable parameter. Is it detached, or all frozen?"
+            )
+        if roots:
+            torch.autograd.backward([total for total, _ in roots], [total.new_tensor(weight) for total, weight in roots])
+
+    def _finish_gradients(self, factor: float) -> None:
+        """Clip as torch.nn.utils.clip_grad_norm_ does; at most one pass writes the gradients, and none where there is nothing to change."""
+        if self._clip_norm is not None:
+            self._grad_norm = gradients.norm(self._parameters) * factor
+            clip = self._clip_norm / (self._grad_norm + 1e-6)
+            if not clip >= 1.0:
+                factor *= clip
+        if factor != 1.0:
+            gradients.scale(self._parameters, factor)
+
+    def _make_optimizer(self, factory: Callable[[list[nn.Parameter]], Optimizer]) -> Optimizer:
+        optimizer = factory(list(self._parameters))
+        if not isinstance(optimizer, Optimizer):
+            raise ConfigError(
+                f"optimizer: expected a function of the parameters that returns a torch Optimizer, got {type(optimizer).__name__}."
+            )
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise ConfigError("optimizer: LBFGS calls the model several times a step, which train_step does not do. Use another one.")
+        known = set(map(id, self._parameters))
+        strangers = sum(id(p) not in known for group in optimizer.param_groups for p in group["params"])
+        if strangers:
+            raise ConfigError(
+                f"optimizer: {strangers} of its parameters are not the model's: they were made before the model was. "
+                "Build it from the list that the function is given."
+            )
+        return optimizer
+
+    def _make_scheduler(self, factory: Callable[[Optimizer], LRScheduler]) -> LRScheduler:
+        scheduler = factory(self.optimizer)
+        if isinstance(scheduler, ReduceLROnPlateau) or not isinstance(scheduler, LRScheduler):
+            raise ConfigError(
+                f"scheduler: {type(scheduler).__name__} is no LRScheduler that steps once a train step. Step it in your own loop."
+            )
+        return scheduler

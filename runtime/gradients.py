@@ -1,0 +1,47 @@
+"""The two passes a train step may make over gradients that are already summed over ranks: their norm, and their scale.
+
+Neither communicates: after the sum every rank holds the whole gradient of every parameter, so all get the same norm. Sparse gradients
+count by their coalesced values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["norm", "scale"]
+
+# vector_norm keeps a few float32 accumulators for a whole CPU tensor, which for 6.5 M elements costs a relative error of 2e-4. A dot
+# product of this many elements stays within 1e-7 of the truth, is no slower, and the blocks are added in float64.
+BLOCK_COUNT = 1 << 16
+
+
+def norm(parameters: Iterable[nn.Parameter]) -> float:
+    """Return the 2-norm of all gradients together; parameters without one do not count."""
+    return math.sqrt(math.fsum(_squared_norm(grad) for grad in _values(parameters)))
+
+
+def scale(parameters: Iterable[nn.Parameter], factor: float) -> None:
+    """Multiply all gradients by a factor, in place."""
+    grads = _values(parameters)
+    if grads:
+        torch._foreach_mul_(grads, factor)
+
+
+def _values(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    values = []
+    for parameter in parameters:
+        if parameter.grad is not None:
+            if parameter.grad.is_sparse and not parameter.grad.is_coalesced():
+                parameter.grad = parameter.grad.coalesce()
+            values.append(parameter.grad.values() if parameter.grad.is_sparse else parameter.grad)
+    return values
+
+
+def _squared_norm(grad: Tensor) -> float:
+    if grad.is_cuda or not grad.is_contiguous():
+        return float(torch.linalg.vector_norm(grad, dtype=torch.float64)) ** 2
+    return math.fsum(float(torch.dot(block, block)) for block in grad.detach().view(-1).split(BLOCK_COUNT))

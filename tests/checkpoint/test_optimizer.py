@@ -1,0 +1,201 @@
+"""runtime/checkpoint/optimizer.py: optimizer state by name, for any optimizer of torch, into a model that lists its parameters otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ringfold.collectives.errors import CheckpointError, Incompatible
+from ringfold.runtime import checkpoint
+from torch import nn
+from torch.optim import lr_scheduler
+
+FACTORIES: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True),
+    "Adam": lambda p: torch.optim.Adam(p, lr=torch.tensor(0.01), amsgrad=True, foreach=True),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
+    "Adamax": torch.optim.Adamax,
+    "NAdam": torch.optim.NAdam,
+    "RAdam": torch.optim.RAdam,
+    "Adagrad": torch.optim.Adagrad,
+    "Adadelta": torch.optim.Adadelta,
+    "ASGD": torch.optim.ASGD,
+    "RMSprop": lambda p: torch.optim.RMSprop(p, centered=True, momentum=0.5),
+    "Rprop": torch.optim.Rprop,
+    "Adafactor": torch.optim.Adafactor,
+    "LBFGS": lambda p: torch.optim.LBFGS(p, max_iter=3),
+}
+
+
+def build(dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 5, dtype=dtype), nn.Tanh(), nn.Linear(5, 2, dtype=dtype))
+    return model
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        x = torch.randn(7, 3, generator=generator)
+
+        def closure(x: torch.Tensor = x) -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = model(x).square().mean()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+
+
+def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, **extra: Any) -> None:
+    state = checkpoint.optimizer_state_by_name(optimizer, model.named_parameters())
+    checkpoint.save(folder, step=3, model_state=model.state_dict(), optimizer_state=state, extra=extra)
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_training_goes_on_to_the_same_bits(tmp_path: Path, name: str) -> None:
+    model = build()
+    optimizer = FACTORIES[name](model.parameters())
+    train(model, optimizer, 3, seed=1)
+    save(tmp_path / "c", model, optimizer)
+    train(model, optimizer, 2, seed=2)
+
+    again = build()
+    resumed = FACTORIES[name](again.parameters())
+    found = checkpoint.load(tmp_path / "c")
+    found.load_model(again)
+    found.load_optimizer(resumed, again.named_parameters())
+    train(again, resumed, 2, seed=2)
+    for mine, theirs in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+class Named(nn.Module):
+    """Two parameters whose order is a choice."""
+
+    def __init__(self, order: str) -> None:
+        super().__init__()
+        for name in order:
+            self.register_parameter(name, nn.Parameter(torch.full((2,), float(ord(name)))))
+
+
+def test_state_follows_names_and_not_the_order_of_parameters(tmp_path: Path) -> None:
+    model = Named("ab")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    (model.a.sum() + 5 * model.b.sum()).backward()
+    optimizer.step()
+    save(tmp_path / "c", model, optimizer)
+    other = Named("ba")
+    resumed = torch.optim.SGD(other.parameters(), lr=0.7, momentum=0.9)
+    checkpoint.load(tmp_path / "c").load_optimizer(resumed, other.named_parameters())
+    assert resumed.state[other.a]["momentum_buffer"].tolist() == [1.0, 1.0]
+    assert resumed.state[other.b]["momentum_buffer"].tolist() == [5.0, 5.0]
+    assert resumed.param_groups[0]["lr"] == 0.1
+
+
+def test_groups_options_and_named_parameters_of_torch_come_back(tmp_path: Path) -> None:
+    def groups(model: nn.Module) -> list[dict[str, Any]]:
+        decayed = [(name, p) for name, p in model.named_parameters() if p.dim() > 1]
+        rest = [(name, p) for name, p in model.named_parameters() if p.dim() < 2]
+        return [{"params": decayed, "weight_decay": 0.3, "betas": (0.8, 0.9)}, {"params": rest, "weight_decay": 0.0}]
+
+    model = build()
+    optimizer = torch.optim.AdamW(groups(model), lr=0.02, foreach=True)
+    train(model, optimizer, 1, seed=1)
+    save(tmp_path / "c", model, optimizer)
+    again = build()
+    resumed = torch.optim.AdamW(groups(again), lr=0.5, fused=True)
+    checkpoint.load(tmp_path / "c").load_optimizer(resumed, again.named_parameters())
+    first, second = resumed.param_groups
+    assert (first["weight_decay"], first["betas"], first["lr"]) == (0.3, (0.8, 0.9), 0.02)
+    assert second["weight_decay"] == 0.0
+    assert (first["fused"], first["foreach"]) == (True, None)
+    assert first["param_names"] == ["0.weight", "2.weight"]
+
+
+def test_float32_moments_of_a_bfloat16_model_keep_their_bits(tmp_path: Path) -> None:
+    model = build(torch.bfloat16)
+    optimizer = torch.optim.AdamW(model.parameters())
+    moments = {}
+    for name, parameter in model.named_parameters():
+        moments[name] = torch.rand(parameter.shape)
+        optimizer.state[parameter] = {"step": torch.tensor(3.0), "exp_avg": moments[name], "exp_avg_sq": moments[name] + 1}
+    save(tmp_path / "c", model, optimizer)
+    resumed = torch.optim.AdamW(model.parameters())
+    checkpoint.load(tmp_path / "c").load_optimizer(resumed, model.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert resumed.state[parameter]["exp_avg"].dtype == torch.float32
+        assert torch.equal(resumed.state[parameter]["exp_avg"], moments[name])
+
+
+def test_other_parameters_are_listed_and_nothing_is_changed(tmp_path: Path) -> None:
+    model = Named("abc")
+    optimizer = torch.optim.SGD([{"params": [model.a]}, {"params": [model.b, model.c]}], lr=0.1)
+    save(tmp_path / "c", model, optimizer)
+    other = Named("abd")
+    resumed = torch.optim.SGD([{"params": [other.a, other.b]}, {"params": [other.d]}], lr=0.5)
+    with pytest.raises(Incompatible) as caught:
+        checkpoint.load(tmp_path / "c").load_optimizer(resumed, other.named_parameters())
+    for said in ("missing in the checkpoint: d", "not in the optimizer: c", "group of b: 1 in the checkpoint, 0 in the optimizer"):
+        assert said in str(caught.value)
+    assert resumed.param_groups[0]["lr"] == 0.5
+
+
+def test_a_checkpoint_without_optimizer_says_so(tmp_path: Path) -> None:
+    model = build()
+    checkpoint.save(tmp_path / "c", step=1, model_state=model.state_dict())
+    with pytest.raises(Incompatible, match="no optimizer state"):
+        checkpoint.load(tmp_path / "c").load_optimizer(torch.optim.SGD(model.parameters()), model.named_parameters())
+
+
+def test_a_parameter_that_is_not_the_models_has_no_name(tmp_path: Path) -> None:
+    model, stranger = build(), nn.Parameter(torch.zeros(4))
+    optimizer = torch.optim.SGD([*model.parameters(), stranger])
+    with pytest.raises(CheckpointError, match=r"parameter 4 of group 0: \[4\]"):
+        save(tmp_path / "c", model, optimizer)
+
+
+def test_a_tied_parameter_is_saved_once_by_its_first_name(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    model[1].weight = model[0].weight
+    optimizer = torch.optim.Adam(model.parameters())
+    train(model, optimizer, 1, seed=0)
+    assert list(checkpoint.optimizer_state_by_name(optimizer, model.named_parameters(remove_duplicate=False))["state"]) == ["0.weight"]
+
+
+SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], lr_scheduler.LRScheduler]] = {
+    "OneCycle": lambda o: lr_scheduler.OneCycleLR(o, max_lr=0.4, total_steps=20),
+    "MultiStep": lambda o: lr_scheduler.MultiStepLR(o, [2, 4, 4]),
+    "Lambda": lambda o: lr_scheduler.LambdaLR(o, lambda step: 1 / (step + 1)),
+    "Sequential": lambda o: lr_scheduler.SequentialLR(o, [lr_scheduler.LinearLR(o, 0.1, 1.0, 3), lr_scheduler.CosineAnnealingLR(o, 9)], [3]),
+    "Restarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 3, 2),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_scheduler_goes_on_where_it_was(tmp_path: Path, name: str) -> None:
+    model = build()
+
+    def build_both() -> tuple[torch.optim.Optimizer, lr_scheduler.LRScheduler]:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
+        return optimizer, SCHEDULERS[name](optimizer)
+
+    def rates(optimizer: torch.optim.Optimizer, scheduler: lr_scheduler.LRScheduler, steps: int) -> list[float]:
+        out = []
+        for _ in range(steps):
+            optimizer.step()
+            scheduler.step()
+            out.append(optimizer.param_groups[0]["lr"])
+        return out
+
+    optimizer, scheduler = build_both()
+    rates(optimizer, scheduler, 3)
+    save(tmp_path / "c", model, optimizer, scheduler=scheduler.state_dict())
+    resumed, resumed_scheduler = build_both()
+    found = checkpoint.load(tmp_path / "c")
+    found.load_optimizer(resumed, model.named_parameters())
+    resumed_scheduler.load_state_dict(found.extra()["scheduler"])
+    assert rates(resumed, resumed_scheduler, 5) == rates(optimizer, scheduler, 5)

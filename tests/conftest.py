@@ -1,0 +1,39 @@
+"""Fixtures of the whole suite: the fork server's life, the leak check, and what a `gpu` test needs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: ranks share few cores, and a fold's threads would only wait
+
+import pytest
+
+from tests.harness.forkserver import close_server, server
+from tests.harness.leaks import no_leaks
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fork_server() -> Iterator[None]:
+    """End the server (started by the first `run_ranks`) with the session."""
+    yield
+    close_server()
+
+
+@pytest.fixture
+def leaks() -> Iterator[None]:
+    """Fail the test if it leaves descriptors, threads, mapped files, children or names in shared memory behind."""
+    server()
+    with no_leaks():
+        yield
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if any("gpu" in item.keywords for item in items):
+        import torch
+
+        if not torch.cuda.is_available():
+            reason = pytest.mark.skip(reason="torch.cuda.is_available() is False: no CUDA device, or a build of torch for CPU")
+            for item in items:
+                if "gpu" in item.keywords:
+                    item.add_marker(reason)

@@ -1,0 +1,417 @@
+"""Engine: dp and microbatches never change the numbers of plain PyTorch on the same global batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from ringfold.collectives.communicator import Communicator
+from ringfold.collectives.errors import ConfigError
+from ringfold.parallel.layout import Layout
+from ringfold.parallel.mesh import DeviceMesh
+from ringfold.runtime.engine import Engine
+from ringfold.runtime.rows import row_range, take_rows
+from torch import Tensor, nn
+
+from tests.harness import run_ranks
+
+VOCABULARY, WIDTH, POSITIONS = 11, 6, 5
+ROWS = [7, 5, 2, 9, 1, 8]  # dp = 2, 3, 4 divide few of them; with 2 rows or 1 some ranks have none
+CLIP_NORM = 1.5  # clips some of the steps and not others
+LEARNING_RATE = 1e-2
+# float64, a few thousand operations of values near 1 a step, six steps: the bar of the project
+CLOSE = 1e-10
+
+
+class Reader(nn.Module):
+    """Predicts a token from the running mean of those before; one parameter is never used, one only by even tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
+        self.hidden = nn.Linear(WIDTH, 2 * WIDTH)
+        self.norm = nn.LayerNorm(2 * WIDTH)
+        self.head = nn.Linear(2 * WIDTH, VOCABULARY)
+        self.unused = nn.Parameter(torch.ones(3))
+        self.double()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens).cumsum(1) / torch.arange(1, POSITIONS + 1)[:, None]
+        return self.head(self.norm(F.gelu(self.hidden(x)))).transpose(1, 2)
+
+
+def global_batches() -> list[tuple[Tensor, Tensor]]:
+    """Return batches in which rows have 0 to all of their positions valid."""
+    generator = torch.Generator().manual_seed(5)
+    batches = []
+    for rows in ROWS:
+        tokens = torch.randint(0, VOCABULARY, (rows, POSITIONS + 1), generator=generator)
+        valid = torch.randint(0, POSITIONS + 1, (rows, 1), generator=generator)
+        valid[0] = POSITIONS - 1 if rows == 1 else 0
+        batches.append((tokens[:, :-1], tokens[:, 1:].masked_fill(torch.arange(POSITIONS) >= valid, -100)))
+    return batches
+
+
+def valid_pair(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    return F.cross_entropy(output, target, reduction="sum"), (target != -100).sum()
+
+
+def named_terms(output: Tensor, target: Tensor) -> dict[str, Any]:
+    return {
+        "tokens": valid_pair(output, target),
+        "even": (output[:, ::2].square().sum(), (target % 2 == 0).sum()),
+        "rows": 0.01 * output.square().mean(),
+    }
+
+
+def rows_scalar(output: Tensor, _: Tensor) -> Tensor:
+    return output.square().mean()
+
+
+def two_terms_of_the_row_count(output: Tensor, _: Tensor) -> dict[str, Tensor]:
+    return {"first": output.square().mean(), "second": output.abs().mean()}
+
+
+LOSSES: dict[str, Callable[..., Any]] = {
+    "torch": F.cross_entropy,
+    "module": nn.CrossEntropyLoss(label_smoothing=0.1),
+    "pair": valid_pair,
+    "terms": named_terms,
+    "scalar": rows_scalar,
+    "scalars": two_terms_of_the_row_count,
+}
+
+
+def plain_value(value: Any) -> Tensor:
+    if isinstance(value, dict):
+        return sum(map(plain_value, value.values()), torch.zeros((), dtype=torch.float64))
+    return value[0] / value[1] if isinstance(value, tuple) else value
+
+
+def plain_training(loss: Callable[..., Any], clip_norm: float | None = CLIP_NORM) -> dict[str, Any]:
+    """Train on whole batches with nothing but torch."""
+    torch.manual_seed(0)
+    model = Reader()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    found: dict[str, Any] = {"losses": [], "norms": [], "grads": []}
+    for tokens, target in global_batches():
+        optimizer.zero_grad()
+        value = plain_value(loss(model(tokens), target))
+        value.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf if clip_norm is None else clip_norm)
+        optimizer.step()
+        scheduler.step()
+        found["losses"].append(value.item())
+        found["norms"].append(norm.item())
+        found["grads"].append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    return found | {"weights": model.state_dict()}
+
+
+def mine(batch: Any, rank: int, size: int) -> Any:
+    rows = len(batch["labels"]) if isinstance(batch, dict) else len(batch[1])
+    return take_rows(batch, *row_range(rows, rank, size))
+
+
+def make_engine(world: Communicator, layout: str = "", model: Callable[[], nn.Module] = Reader, **options: Any) -> Engine:
+    torch.manual_seed(world.rank)  # ranks begin with different weights; rank 0's count
+    options.setdefault("optimizer", lambda parameters: torch.optim.AdamW(parameters, lr=LEARNING_RATE))
+    options.setdefault("loss", F.cross_entropy)
+    return Engine(model, DeviceMesh(Layout.parse(layout), world), **options)
+
+
+def train(world: Communicator, micro: int, loss: str, clip_norm: float | None = CLIP_NORM) -> dict[str, Any]:
+    engine = make_engine(
+        world,
+        f"micro{micro}",
+        loss=LOSSES[loss],
+        scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step)),
+        clip_norm=clip_norm,
+        bucket_mb=0.001,
+    )
+    found: dict[str, Any] = {"losses": [], "norms": [], "grads": []}
+    for batch in global_batches():
+        found["losses"].append(engine.train_step(mine(batch, world.rank, world.size)))
+        found["norms"].append(engine.grad_norm)
+        found["grads"].append({name: engine.grad(name) for name, _ in engine.module.named_parameters()})
+    assert engine.grad("unused") is None
+    assert 0 <= engine.communication_share <= 1
+    return found | {"weights": engine.module.state_dict()}
+
+
+def assert_same_numbers(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert found["losses"] == pytest.approx(expected["losses"], rel=CLOSE)
+    assert found["norms"] == pytest.approx(expected["norms"], rel=CLOSE)
+    for mine_at, theirs_at in zip(found["grads"], expected["grads"], strict=True):
+        for name, grad in theirs_at.items():
+            torch.testing.assert_close(mine_at[name], grad, rtol=CLOSE, atol=CLOSE, msg=lambda text, name=name: f"{name}: {text}")
+    for name, weight in expected["weights"].items():
+        torch.testing.assert_close(found["weights"][name], weight, rtol=CLOSE, atol=CLOSE, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("micro", [1, 3])
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_every_width_has_the_numbers_of_plain_pytorch(size: int, micro: int) -> None:
+    expected = plain_training(F.cross_entropy)
+    assert min(expected["norms"]) < CLIP_NORM < max(expected["norms"])
+    for found in run_ranks(size, train, micro, "torch"):
+        assert_same_numbers(found, expected)
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+@pytest.mark.parametrize("loss", ["module", "pair", "terms", "scalar", "scalars"])
+@pytest.mark.parametrize("size", [1, 3])
+def test_every_kind_of_loss_has_the_numbers_of_plain_pytorch(size: int, loss: str, micro: int) -> None:
+    expected = plain_training(LOSSES[loss])
+    for found in run_ranks(size, train, micro, loss):
+        assert_same_numbers(found, expected)
+
+
+def test_without_clipping_the_norm_is_there_when_asked_for() -> None:
+    expected = plain_training(valid_pair, clip_norm=None)
+    for found in run_ranks(2, train, 2, "pair", None):
+        assert_same_numbers(found, expected)
+
+
+def test_all_ranks_hold_the_same_bits() -> None:
+    results = run_ranks(3, train, 2, "pair")
+    for found in results[1:]:
+        assert found["losses"] == results[0]["losses"]
+        assert all(torch.equal(weight, results[0]["weights"][name]) for name, weight in found["weights"].items())
+
+
+def mean_of_valid(output: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(output, target).nan_to_num()
+
+
+def train_with_local_means(world: Communicator) -> dict[str, Any]:
+    LOSSES["local"] = mean_of_valid
+    return train(world, 1, "local")
+
+
+def test_a_local_mean_hidden_in_a_scalar_departs() -> None:
+    """The mutation: a mean over this rank's valid tokens, weighted by rows, is what others shipped; our oracle must see it."""
+    found = run_ranks(2, train_with_local_means)[0]
+    with pytest.raises(AssertionError):
+        assert_same_numbers(found, plain_training(F.cross_entropy))
+
+
+class Images(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(1, 3, 2, bias=False), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 2)).double()
+
+    def forward(self, image: Tensor, scale: Tensor) -> Tensor:
+        return self.body(image * scale[:, None, None, None])
+
+
+def image_batches() -> list[tuple[tuple[Tensor, Tensor], Tensor]]:
+    generator = torch.Generator().manual_seed(7)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+    return [((draw(rows, 1, 3, 3), draw(rows)), draw(rows, 2)) for rows in (5, 2, 7)]
+
+
+def train_images(world: Communicator) -> dict[str, Tensor]:
+    engine = make_engine(world, model=Images, loss=F.mse_loss)
+    for batch in image_batches():
+        engine.train_step(mine(batch, world.rank, world.size))
+    return dict(engine.module.state_dict())
+
+
+def test_batch_norm_has_global_statistics_also_where_a_rank_has_no_rows() -> None:
+    torch.manual_seed(0)
+    model = Images()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+    for inputs, target in image_batches():
+        optimizer.zero_grad()
+        F.mse_loss(model(*inputs), target).backward()
+        optimizer.step()
+    for found in run_ranks(3, train_images):
+        for name, value in model.state_dict().items():
+            torch.testing.assert_close(found[name], value, rtol=CLOSE, atol=CLOSE)
+
+
+def accuracy(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    return (output.argmax(1) == target)[target != -100].sum(), (target != -100).sum()
+
+
+def rows_mean(output: Tensor, _: Tensor) -> float:
+    return float(output.mean())
+
+
+def evaluate(world: Communicator) -> tuple[dict[str, float], dict[str, float], bool, Tensor, Tensor, int]:
+    engine = make_engine(world, metrics={"accuracy": accuracy, "mean": rows_mean})
+    batches = [mine(batch, world.rank, world.size) for batch in global_batches()]
+    all_of_them = engine.evaluate(batches)
+    tokens, target = batches[2]
+    gathered = engine.gather_metric(target)
+    flags = engine.gather_metric(torch.tensor(world.rank % 2 == 0))
+    return engine.eval_step((tokens, target)), all_of_them, engine.module.training, gathered, flags, len(engine.state_dict())
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_evaluation_is_exact_over_ranks_and_batches(size: int) -> None:
+    torch.manual_seed(0)
+    model = Reader()
+    batches = global_batches()
+    outputs = torch.cat([model(tokens) for tokens, _ in batches]).detach()
+    targets = torch.cat([target for _, target in batches])
+    right, valid = accuracy(outputs, targets)
+    for rank, (one, every, training, gathered, flags, names) in enumerate(run_ranks(size, evaluate)):
+        assert every["loss"] == pytest.approx(F.cross_entropy(outputs, targets).item(), rel=1e-13)
+        assert every["accuracy"] == int(right) / int(valid)
+        assert every["mean"] == pytest.approx(outputs.mean().item(), rel=1e-12)
+        assert one["loss"] == pytest.approx(F.cross_entropy(model(batches[2][0]), batches[2][1]).item(), rel=1e-13)
+        assert training
+        assert torch.equal(gathered, batches[2][1])
+        assert flags.tolist() == [r % 2 == 0 for r in range(size)]
+        assert names == (len(model.state_dict()) if rank == 0 else 0)
+
+
+class Keywords(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2).double()
+
+    def forward(self, *, left: Tensor, right: Tensor, factor: float = 1.0) -> dict[str, Tensor]:
+        return {"logits": self.layer(left - right) * factor}
+
+
+def of_logits(output: dict[str, Tensor], labels: Tensor) -> tuple[Tensor, int]:
+    return F.cross_entropy(output["logits"], labels, reduction="sum"), len(labels)
+
+
+def train_on_every_form(world: Communicator) -> list[float]:
+    left, right, labels = torch.arange(15.0, dtype=torch.float64).view(5, 3), torch.ones(5, 3, dtype=torch.float64), torch.tensor([0, 1, 1, 0, 1])
+    forms: list[Any] = [
+        {"left": left, "right": right, "labels": labels, "factor": 0.5},
+        ({"left": left, "right": right}, labels),
+        [{"left": left, "right": right}, labels],
+    ]
+    engine = make_engine(world, "micro2", model=Keywords, loss=of_logits, optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
+    return [engine.train_step(mine(form, world.rank, world.size)) for form in forms]
+
+
+def test_a_batch_may_be_a_pair_or_a_mapping() -> None:
+    losses = run_ranks(2, train_on_every_form)
+    assert losses[0] == losses[1]
+    assert losses[0][1] == losses[0][2] != losses[0][0]
+
+
+def provoke(world: Communicator, what: str) -> str:
+    batch = mine(global_batches()[0], world.rank, world.size)
+    engine = make_engine(world, loss=valid_pair if what == "pair" else F.cross_entropy)
+    try:
+        if what in ("ignored", "pair"):
+            engine.train_step((batch[0], torch.full_like(batch[1], -100)))
+        elif what == "some have no rows":
+            engine.train_step((batch[0], torch.full_like(batch[1], -100)) if world.rank else take_rows(batch, 0, 0))
+        elif what == "no rows":
+            engine.train_step(take_rows(batch, 0, 0))
+        elif what == "triple":
+            engine.train_step((*batch, batch[1]))
+        elif what == "unlabelled":
+            engine.train_step({"tokens": batch[0]})
+        elif what == "name":
+            engine.grad("nonsense")
+        elif what == "evaluation":
+            engine.evaluate([])
+    except ConfigError as error:
+        # The step that raised leaves nothing behind: the next one is as good as the first.
+        weights = [p.detach().clone() for p in engine.module.parameters()]
+        assert math.isfinite(engine.train_step(batch))
+        assert not all(torch.equal(a, b) for a, b in zip(weights, engine.module.parameters(), strict=True))
+        return str(error)
+    return "nothing was raised"
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("ignored", "train step 1: the global batch holds no valid target"),
+        ("pair", "train step 1: the global batch holds no valid target"),
+        ("some have no rows", "train step 1: the global batch holds no valid target"),
+        ("no rows", "train step 1: the global batch holds no valid target"),
+        ("triple", "expected a pair (inputs, target) or a mapping with labels, got a tuple of 3"),
+        ("unlabelled", "a mapping needs the key 'labels', this one has 'tokens'"),
+        ("name", "no parameter 'nonsense'. It has unused, embedding.weight"),
+        ("evaluation", "no rank has a valid target"),
+    ],
+)
+def test_a_batch_that_cannot_be_trained_on_is_one_error_on_every_rank(what: str, words: str) -> None:
+    for message in run_ranks(3, provoke, what):
+        assert words in message
+
+
+def refuse(world: Communicator, options: dict[str, Any], model: Any = Reader) -> str:
+    with pytest.raises(ConfigError) as caught:
+        make_engine(world, model=model, **options)
+    return str(caught.value)
+
+
+def no_module() -> int:
+    return 3
+
+
+def lbfgs(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.LBFGS(parameters)
+
+
+def foreign(_: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(Reader().parameters(), lr=0.1)
+
+
+def plateau(optimizer: torch.optim.Optimizer) -> Any:
+    return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"clip_norm": 0.0}, "clip_norm is 0.0"),
+        ({"optimizer": lbfgs}, "LBFGS"),
+        ({"optimizer": foreign}, "7 of its parameters are not the model's"),
+        ({"optimizer": list}, "got list"),
+        ({"scheduler": plateau}, "ReduceLROnPlateau"),
+        ({"metrics": {"loss": accuracy}}, "'loss' is taken"),
+        ({"model": no_module}, "no_module returned int"),
+    ],
+)
+def test_what_cannot_work_is_refused_when_the_engine_is_made(options: dict[str, Any], words: str) -> None:
+    for message in run_ranks(1, refuse, {k: v for k, v in options.items() if k != "model"}, options.get("model", Reader)):
+        assert words in message
+
+
+def changing_loss(world: Communicator) -> str:
+    kinds = iter([valid_pair, rows_scalar])
+    engine = make_engine(world, loss=lambda output, target: next(kinds)(output, target))
+    batch = mine(global_batches()[0], world.rank, world.size)
+    engine.train_step(batch)
+    with pytest.raises(ConfigError) as caught:
+        engine.train_step(batch)
+    return str(caught.value)
+
+
+def test_a_loss_that_changes_its_terms_is_refused() -> None:
+    assert "{loss: scalar} in train step 2, where it was {loss: pair}" in run_ranks(1, changing_loss)[0]
+
+
+def count_operations(world: Communicator) -> list[int]:
+    engine = make_engine(world, "micro2")
+    counts = []
+    for batch in global_batches()[:3]:
+        before = world.page.read().next_op
+        engine.train_step(mine(batch, world.rank, world.size))
+        counts.append(world.page.read().next_op - before)
+    return counts
+
+
+def test_a_step_costs_two_small_messages_and_one_for_each_bucket() -> None:
+    assert run_ranks(2, count_operations) == [[3, 3, 3]] * 2
