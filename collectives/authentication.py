@@ -2,10 +2,10 @@
 
     both     magic, 32 fresh random bytes
     client   HMAC-SHA256(SHA256(secret), "ringfold client" + server's bytes + client's bytes)
-    server   HMAC-SHA256(SHA256(secret), "ringfold server" + client's bytes + server's bytes), only if the client's was right
+    server   HMAC-SHA256(SHA256(secret), "ringfold server" + client's bytes + server's bytes), or zeros if the client's was wrong
 
 Fresh bytes from both ends make a recorded handshake worthless, the two labels make a reflected one worthless, and a client that
-fails learns nothing from the server but the end of the connection. What follows is neither encrypted nor signed.
+fails learns nothing from the server but that (which tells it from a server that just ends). What follows is neither encrypted nor signed.
 (Challenge and response as in RFC 2195; HMAC: RFC 2104.)
 """
 
@@ -41,18 +41,16 @@ def handshake(secret: bytes, role: Role) -> Conversation[None]:
     theirs = greeting[len(_MAGIC) :]
     if role == "client":
         yield _proof(secret, "client", own, theirs)
-        try:
-            proof = yield _PROOF_NBYTES
-        except EOFError:
-            raise AuthenticationError("the other side closed the connection when it saw our proof: it holds a different secret") from None
+        proof = yield _PROOF_NBYTES
         expected = _proof(secret, "server", own, theirs)
     else:
         proof = yield _PROOF_NBYTES
         expected = _proof(secret, "client", theirs, own)
-    if not hmac.compare_digest(proof, expected):
-        raise AuthenticationError(f"the {'server' if role == 'client' else 'client'} at the other side holds a different secret")
+    is_right = hmac.compare_digest(proof, expected)
     if role == "server":
-        yield _proof(secret, "server", theirs, own)
+        yield _proof(secret, "server", theirs, own) if is_right else bytes(_PROOF_NBYTES)
+    if not is_right:
+        raise AuthenticationError(f"the {'server' if role == 'client' else 'client'} at the other side holds a different secret")
 
 
 def authenticate(sock: socket.socket, secret: bytes, role: Role, timeout_s: float) -> None:

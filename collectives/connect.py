@@ -107,9 +107,7 @@ def call(address: str, secret: bytes, generation: str, purpose: str, rank: int, 
     try:
         answer = converse(sock, _introduce(secret, generation, purpose, rank), deadline)
         if answer != (generation, purpose, peer):
-            raise ConnectError(
-                f"{address} answered as rank {answer[2]} of {answer[0]} for {answer[1]!r}, expected rank {peer} of {generation}"
-            )
+            raise ConnectError(f"{address} answered as rank {answer[2]} of {answer[0]} for {answer[1]!r}, expected rank {peer} of {generation}")
     except BaseException as error:
         sock.close()
         if isinstance(error, TimeoutError):

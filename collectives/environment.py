@@ -190,9 +190,7 @@ class _Variables:
             elif not 1 <= local_world <= world:
                 self.problems.append(f"{local_size} is {local_world}, expected 1 to {world} ({world_size} is {world})")
             elif not 0 <= local < local_world:
-                self.problems.append(
-                    f"{local_rank} is {local}, expected 0 to {local_world - 1} (there are {local_world} workers on this host)"
-                )
+                self.problems.append(f"{local_rank} is {local}, expected 0 to {local_world - 1} (there are {local_world} workers on this host)")
         return _Place(own, world, local, local_world, job_id)
 
     def check(self, source: Source) -> None:

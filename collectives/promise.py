@@ -39,9 +39,7 @@ def verify(op: str, schedules: Sequence[Schedule], count: int | Sequence[int], a
             raise ScheduleError(f"{title(schedules)}: only {len(fallbacks)} of {len(schedules)} ranks have a fallback")
         other = verify(op, fallbacks, count, align)
         if op in ("all_reduce", "reduce_scatter") and _orders(result) != _orders(other):
-            raise ScheduleError(
-                f"{title(schedules)}: the fallback folds in another order, so registered memory would change the bits of the result"
-            )
+            raise ScheduleError(f"{title(schedules)}: the fallback folds in another order, so registered memory would change the bits of the result")
     return result
 
 
@@ -76,9 +74,7 @@ def _check_same_answers(schedules: Sequence[Schedule]) -> None:
         prelude = schedule.steps[: kinds.index(Kind.FENCE)] if Kind.FENCE in kinds else schedule.steps
         others = [step for step in prelude if step.kind not in (Kind.EXPOSE, Kind.ATTACH)]
         if others or len(prelude) == len(kinds) or {Kind.EXPOSE, Kind.ATTACH} & set(kinds[len(prelude) :]):
-            raise ScheduleError(
-                f"{title(schedules)}: rank {schedule.rank} must EXPOSE and ATTACH, and nothing else, before its first FENCE"
-            )
+            raise ScheduleError(f"{title(schedules)}: rank {schedule.rank} must EXPOSE and ATTACH, and nothing else, before its first FENCE")
         heard.append({schedule.rank if step.kind is Kind.EXPOSE else step.peer for step in prelude})
     if any(ranks != heard[0] for ranks in heard):
         raise ScheduleError(f"{title(schedules)}: before their first FENCE the ranks hear of different vectors: {heard}")

@@ -266,19 +266,22 @@ def _exchange(job: Job, generation: str, meeting: _Meeting, listener: Listener, 
         listener.unix_address,
     )
     if store.add(claim_key(generation, job.rank), 1) > 1:
-        raise ConfigError(
-            f"{own} is the second process that says it is rank {job.rank} of {generation}: give every worker a rank of its own"
-        )
+        raise ConfigError(f"{own} is the second process that says it is rank {job.rank} of {generation}: give every worker a rank of its own")
     store.set(member_key(generation, job.rank), pack_record(vars(own)))
     members: list[_Member] = []
     for peer in range(job.world_size):
         if peer == job.rank:
             members.append(own)
             continue
-        record = store.get(member_key(generation, peer), max(0.0, deadline - time.monotonic()))
+        try:
+            record = store.get(member_key(generation, peer), max(0.0, deadline - time.monotonic()))
+        except ConnectError as error:
+            raise ConnectError(f"rank {job.rank} of {generation} was waiting for rank {peer} when it lost the store: {error}") from None
         if record is None:
             raise _give_up(job, generation, meeting, members)
         members.append(_read_member(record))
+        if members[-1].world_size != job.world_size:  # some of those that we would wait for may not exist
+            _check(job, members)
     return members
 
 
@@ -286,28 +289,29 @@ def _read_member(record: bytes) -> _Member:
     fields = unpack_record(record)
     if "given_up" in fields:
         raise ConnectError(fields["given_up"])
-    expected: dict[str, Any] = dict.fromkeys(("rank", "world_size", "pid"), int) | dict.fromkeys(
-        ("transport", "host", "network", "hostname", "tcp", "unix"), str
-    )
-    return _Member(**{key: value for key, value in unpack_record(record, **expected).items() if key in expected})
+    numbers, texts = ("rank", "world_size", "pid"), ("transport", "host", "network", "hostname", "tcp", "unix")
+    expected: dict[str, Any] = dict.fromkeys(numbers, int) | dict.fromkeys(texts, str)
+    fields = unpack_record(record, **expected)
+    return _Member(**{key: fields[key] for key in expected})
 
 
 def _give_up(job: Job, generation: str, meeting: _Meeting, arrived: list[_Member]) -> ConnectError:
     """Find out who is missing, and tell everybody who waits for them, so that all ranks end with the same names."""
     store = meeting.store
-    missing = [peer for peer in range(job.world_size) if store.get(member_key(generation, peer), 0.0) is None]
+    missing = [len(arrived)]  # at least: rank 0 may give up at the same moment, and its store ends with it
+    with suppress(ConnectError):
+        missing = [peer for peer in range(job.world_size) if store.get(member_key(generation, peer), 0.0) is None]
     error = _missing(job, missing, arrived, meeting.server.refused if meeting.server else 0)
-    for peer in missing:
-        store.set(member_key(generation, peer), pack_record({"given_up": str(error)}))
+    with suppress(ConnectError):
+        for peer in missing:
+            store.set(member_key(generation, peer), pack_record({"given_up": str(error)}))
     return error
 
 
 def _missing(job: Job, missing: list[int], arrived: list[_Member], refused: int = 0) -> ConnectError:
-    lines = [
-        f"{name_ranks(missing)} of {job.world_size} did not arrive: rank {job.rank} of {job.job_id} gave up after {job.timeout_s:.1f} s"
-    ]
+    lines = [f"{name_ranks(missing)} of {job.world_size} did not arrive: rank {job.rank} of {job.job_id} gave up after {job.timeout_s:.1f} s"]
     if refused:
-        lines.append(f"{refused} connections were refused because they did not hold the job's secret")
+        lines.append(f"refused because they did not hold the job's secret: {refused} connections")
     if arrived:
         lines.append("arrived: " + ", ".join(map(str, arrived)))
     lines.append(f"Check that every worker was started and reached init(), or raise {TIMEOUT_S}.")
@@ -327,16 +331,12 @@ def _check(job: Job, members: list[_Member]) -> None:
     hidden = [member for member in members if ipaddress.ip_address(split_address(member.tcp)[0]).is_loopback]
     if hidden and any(member.network != members[0].network for member in members):
         named = ", ".join(f"{member} at {member.tcp}" for member in hidden)
-        problems.append(
-            f"{named} is out of reach for other hosts: give {STORE} or MASTER_ADDR as an address that they reach, not as a name"
-        )
+        problems.append(f"{named} is out of reach for other hosts: give {STORE} or MASTER_ADDR as an address that they reach, not as a name")
     if problems:
         raise ConfigError(f"the ranks of {job.job_id} do not fit together:\n  " + "\n  ".join(problems))
 
 
-def _connect_all(
-    membership: Membership, listener: Listener, purpose: str, addresses: dict[int, str], deadline: float
-) -> dict[int, socket.socket]:
+def _connect_all(membership: Membership, listener: Listener, purpose: str, addresses: dict[int, str], deadline: float) -> dict[int, socket.socket]:
     """Call every lower rank, wait for every higher one."""
     rank, secret, generation = membership.rank, membership._secret, membership.generation
     with ExitStack() as undo:
@@ -345,9 +345,7 @@ def _connect_all(
             try:
                 connected[peer] = undo.enter_context(call(addresses[peer], secret, generation, purpose, rank, peer, deadline))
             except ConnectError as error:
-                raise ConnectError(
-                    f"rank {rank} did not reach {membership.describe(peer)} for {purpose!r} of {generation}: {error}"
-                ) from None
+                raise ConnectError(f"rank {rank} did not reach {membership.describe(peer)} for {purpose!r} of {generation}: {error}") from None
         try:
             connected.update(listener.collect(purpose, (peer for peer in addresses if peer > rank), deadline))
         except ConnectError as error:

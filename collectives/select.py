@@ -132,10 +132,8 @@ def _choose(op: str, size: int, nbytes: int, transport: str, algorithm: str | No
 def _candidate(op: str, algorithm: str, variant: str, size: int, nbytes: int, link: Link) -> Candidate:
     whole_vector = op in ("broadcast", "barrier") or variant == "one_shot"
     segments = _segments(nbytes if whole_vector else -(-nbytes // size)) if op != "barrier" else 1
-    if algorithm == "ring":
-        cost = ring.cost(op, size, nbytes, segments, link)
-    else:
-        cost = direct.cost(op, variant, size, nbytes, segments, link)
+    is_ring = algorithm == "ring"
+    cost = ring.cost(op, size, nbytes, segments, link) if is_ring else direct.cost(op, variant, size, nbytes, segments, link)
     return Candidate(algorithm, variant, segments, cost)
 
 

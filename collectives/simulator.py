@@ -337,9 +337,7 @@ class _Run:
             if step != here and not before >> step & 1:
                 other = bisect_right(self.base, step) - 1
                 where = step - self.base[other]
-                raise self.error(
-                    rank, index, f"races with step {where} of rank {other} ({self.schedules[other].steps[where]}) on {_place(cell)}"
-                )
+                raise self.error(rank, index, f"races with step {where} of rank {other} ({self.schedules[other].steps[where]}) on {_place(cell)}")
 
     def fold(self, rank: int, index: int, left: Contents, right: Contents) -> Contents:
         twice = left.ranks & right.ranks

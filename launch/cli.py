@@ -153,9 +153,10 @@ def doctor() -> None:
 
 
 def _benchmarks() -> list[str]:
-    import ringfold.benchmarks
+    from importlib.util import find_spec
 
-    folders = [Path(folder) for folder in ringfold.benchmarks.__path__]
+    package = find_spec("ringfold.benchmarks")
+    folders = [Path(folder) for folder in (package.submodule_search_locations if package else None) or ()]
     return sorted(file.stem for folder in folders for file in folder.glob("*.py") if not file.stem.startswith("_"))
 
 

@@ -15,6 +15,7 @@ import re
 import resource
 import shutil
 import socket
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -81,13 +82,16 @@ def _software() -> Iterator[Finding]:
         yield Finding("software", "torch", "works", torch)
     else:
         yield Finding("software", "torch", "broken", "not installed", "pip install torch")
-    try:
-        core = importlib.import_module("ringfold._core")
-        yield Finding("software", "C++ core", "works", f"{core.__file__}")
-    except ImportError as error:
+    # In a process of its own: a core built for another processor may not raise but crash.
+    probe = [sys.executable, "-c", "import ringfold._core as core; print(core.__file__)"]
+    loaded = subprocess.run(probe, capture_output=True, text=True, timeout=30, check=False)
+    if loaded.returncode == 0:
+        yield Finding("software", "C++ core", "works", loaded.stdout.strip())
+    else:
         compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
         how = "pip install . again, from the source" if compiler else "install a C++17 compiler (Debian: apt install g++), then pip install ."
-        yield Finding("software", "C++ core", "broken", str(error), how)
+        seen = loaded.stderr.strip().rpartition("\n")[2] or f"exit code {loaded.returncode}"
+        yield Finding("software", "C++ core", "broken", seen, how)
 
 
 def _transports() -> Iterator[Finding]:

@@ -208,7 +208,7 @@ class Output:
 
     def say(self, line: str) -> None:
         """Print a line of the launcher's own on standard error."""
-        self._print(self.stderr, line.encode() + b"\n")
+        self._print(self.stderr, line.encode(errors="replace") + b"\n")
 
     def settle(self) -> None:
         """End rank 0's unfinished line: only the launcher prints from now on."""

@@ -286,7 +286,7 @@ def _line(outcome: Outcome, verdict: Verdict) -> str:
     elif outcome.signalled_ns is not None:
         end = "ended by the launcher" if outcome.returncode is not None else "cannot be ended: the kernel holds it"
     else:
-        end = "had finished"
+        end = "finished"
     parts = [end, _is_stopped(outcome)]
     if outcome.seen.operation:
         is_in_flight = outcome.seen.operation.state != OperationState.DONE

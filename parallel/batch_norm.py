@@ -142,7 +142,8 @@ class _Normalise(torch.autograd.Function):
         inverse = (variance + eps).rsqrt().to(kind)
         ctx.save_for_backward(x, weight, mean.to(kind), inverse)
         ctx.count, ctx.comm = count, comm
-        return F.batch_norm(x, mean.to(kind), variance.to(kind), weight, bias, training=False, eps=eps)
+        wide_weight, wide_bias = (None if t is None else _wide(t) for t in (weight, bias))
+        return F.batch_norm(_wide(x), mean.to(kind), variance.to(kind), wide_weight, wide_bias, training=False, eps=eps).to(x.dtype)
 
     @staticmethod
     @once_differentiable

@@ -23,8 +23,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from ringfold.collectives.communicator import Communicator, Work
+from ringfold.collectives.communicator import Communicator
 from ringfold.collectives.errors import CommunicationError, ConfigError
+from ringfold.collectives.work import Work
 from ringfold.parallel.agreement import require_agreement
 from ringfold.parallel.sparse import reduce_sparse
 from torch import nn
@@ -32,6 +33,7 @@ from torch import nn
 Group = list[tuple[str, nn.Parameter]]
 
 _ALIGNMENT_NBYTES = 64
+_CONVERTED = "the model was converted or moved after it was made parallel. Do that before, or close() the parallel model and make it again"
 _FIRST_BUCKET_MB = 1.0  # small, so that communication starts early
 
 
@@ -43,6 +45,7 @@ class _Slot:
     parameter: nn.Parameter
     bucket: _Bucket
     position: int  # among the slots of the bucket, and of its `used` element
+    offset_nbytes: int  # in the bucket
     view: torch.Tensor
     ready_in: int = -1  # the last backward, by number, in which the gradient became ready
 
@@ -162,21 +165,11 @@ class GradientBuckets:
         """
         if not self._is_open:
             return
-        thawed = [name for name, parameter in self._frozen if parameter.requires_grad]
-        if thawed:
-            self.reset()
-            raise ConfigError(
-                f"frozen when the model was made parallel, and requiring a gradient now, which would not be reduced: {', '.join(thawed)}. "
-                "Freeze and unfreeze before, or close() the parallel model and make it again"
-            )
         if not self._collecting:
             self.begin()
         try:
-            while self._launched < len(self._buckets):
-                self._launch(self._buckets[self._launched])
-            for bucket in self._buckets:
-                self._complete(bucket)
-            reduce_sparse(self._sparse, self._comm, self._averaged)
+            for _ in self._finishing():
+                pass
         finally:
             self.reset()
 
@@ -222,7 +215,7 @@ class GradientBuckets:
         bucket = _Bucket(flat=flat, used=flat[end:])
         for position, ((name, parameter), offset) in enumerate(zip(group, offsets, strict=True)):
             view = flat[offset : offset + parameter.numel()].as_strided(parameter.shape, _strides_of_gradient(parameter))
-            slot = _Slot(name, parameter, bucket, position, view)
+            slot = _Slot(name, parameter, bucket, position, offset * flat.element_size(), view)
             bucket.slots.append(slot)
             self._slots[id(parameter)] = slot
         self._buckets.append(bucket)
@@ -241,14 +234,53 @@ class GradientBuckets:
     def _begin_in_backward(self) -> None:
         """Begin the step of the backward that is running, and have autograd finish it."""
         if self._synchronised and not self._collecting and self._is_open:
-            _at_end_of_backward(self.finish)
+            _at_end_of_backward(self._finish_in_backward)
             self.begin()
+
+    def _finish_in_backward(self) -> None:
+        """Begin to finish, in phases: those of all buckets that this backward has filled take turns, so that none waits before all have sent.
+
+        Ranks that fill the buckets of two models in different orders would wait for each other otherwise.
+        """
+        phases = self._finishing()
+
+        def advance() -> None:
+            try:
+                if next(phases, self) is self:
+                    self.reset()
+                else:
+                    _at_end_of_backward(advance)
+            except BaseException:
+                self.reset()
+                raise
+
+        advance()
+
+    def _finishing(self) -> Iterator[None]:
+        """Launch what is left and wait for all; yield between phases, each of which waits only for what the ones before it have sent."""
+        thawed = [name for name, parameter in self._frozen if parameter.requires_grad]
+        if thawed:
+            raise ConfigError(
+                f"frozen when the model was made parallel, and requiring a gradient now, which would not be reduced: {', '.join(thawed)}. "
+                "Freeze and unfreeze before, or close() the parallel model and make it again"
+            )
+        while self._launched < len(self._buckets):
+            self._launch(self._buckets[self._launched])
+        sparse = reduce_sparse(self._sparse, self._comm, self._averaged)
+        for _ in sparse:
+            yield
+        for bucket in self._buckets:
+            self._complete(bucket)
 
     def _launch_complete(self) -> None:
         while self._launched < len(self._buckets) and not self._buckets[self._launched].waiting_for:
             self._launch(self._buckets[self._launched])
 
     def _launch(self, bucket: _Bucket) -> None:
+        base = bucket.flat.data_ptr()
+        moved = [slot.name for slot in bucket.slots if slot.view.data_ptr() not in (0, base + slot.offset_nbytes)]  # 0: no elements
+        if moved:
+            raise ConfigError(f"gradients of {', '.join(moved)} have left their bucket: {_CONVERTED}")
         bucket.used.fill_(1.0)
         if bucket.waiting_for:
             for slot in bucket.slots:
@@ -326,10 +358,7 @@ def _move_into_view(slot: _Slot) -> None:
     try:
         slot.parameter.grad = slot.view
     except RuntimeError as error:
-        raise ConfigError(
-            f"{slot.name} has changed since its model was made parallel ({error}): it was {tuple(slot.view.shape)}, {slot.view.dtype}. "
-            "Move or convert the model before"
-        ) from error
+        raise ConfigError(f"{slot.name} is not the {tuple(slot.view.shape)} {slot.view.dtype} it was ({error}): {_CONVERTED}") from error
 
 
 def _describe(parameter: nn.Parameter, is_sparse: bool) -> str:

@@ -7,10 +7,11 @@ A gradient that is dense on some rank (a table that is also used as a linear lay
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from ringfold.collectives.communicator import Communicator
+from ringfold.collectives.work import Work
 from torch import nn
 
 _NONE, _SPARSE, _DENSE = range(3)
@@ -22,19 +23,34 @@ def sparse_parameter_names(module: nn.Module) -> set[str]:
     return {name for name, parameter in module.named_parameters() if id(parameter) in tables}
 
 
-def reduce_sparse(parameters: Sequence[nn.Parameter], comm: Communicator, averaged: bool) -> None:
-    """Replace the gradient of each parameter by its sum (or average) over the ranks of `comm`, coalesced; None where no rank has one."""
-    if not parameters or comm.size == 1:
+def reduce_sparse(parameters: Sequence[nn.Parameter], comm: Communicator, averaged: bool) -> Iterator[None]:
+    """Replace the gradient of each parameter by its sum (or average) over the ranks of `comm`, coalesced; None where no rank has one.
+
+    A generator of phases: it yields after it has sent and before it waits, and is to be exhausted.
+    """
+    if not parameters:
+        yield
         return
     mine = torch.tensor([_kind_and_count(parameter) for parameter in parameters], dtype=torch.int64)
     gathered = torch.empty(comm.size * mine.numel(), dtype=torch.int64)
-    comm.all_gather(gathered, mine.view(-1))
+    counting = comm.all_gather(gathered, mine.view(-1), async_op=True)
+    yield
+    _wait(counting)
+    exchanges = []
     for parameter, columns in zip(parameters, gathered.view(comm.size, len(parameters), 2).unbind(1), strict=True):
         kinds, counts = columns[:, 0].tolist(), columns[:, 1].tolist()
         if _DENSE in kinds:
-            _reduce_densely(parameter, comm, averaged)
+            exchanges.append(_reduce_densely(parameter, comm, averaged))
+        elif any(counts):
+            exchanges.append(_gather(parameter, counts, comm, averaged))
         elif _SPARSE in kinds:
-            parameter.grad = _gather(parameter, counts, comm, averaged)
+            parameter.grad = _sparse(parameter, torch.empty(0, dtype=torch.int64), parameter.new_empty(0))
+    for exchange in exchanges:
+        next(exchange)
+    yield
+    for exchange in exchanges:
+        for _ in exchange:
+            pass
 
 
 def _kind_and_count(parameter: nn.Parameter) -> tuple[int, int]:
@@ -48,28 +64,42 @@ def _kind_and_count(parameter: nn.Parameter) -> tuple[int, int]:
     return _SPARSE, int(parameter.grad._nnz())
 
 
-def _gather(parameter: nn.Parameter, counts: list[int], comm: Communicator, averaged: bool) -> torch.Tensor:
-    row_shape = parameter.shape[1:]
-    width = row_shape.numel()
+def _gather(parameter: nn.Parameter, counts: list[int], comm: Communicator, averaged: bool) -> Iterator[None]:
     grad = parameter.grad
+    width = parameter.shape[1:].numel()
     if grad is None:
         my_indices, my_values = torch.empty(0, dtype=torch.int64), parameter.new_empty(0)
     else:
         my_indices, my_values = grad.indices().reshape(-1), grad.values().reshape(-1)
     indices = torch.empty(sum(counts), dtype=torch.int64)
     values = parameter.new_empty(sum(counts) * width)
-    if sum(counts):
-        comm.all_gather(indices, my_indices, counts=counts)
-        comm.all_gather(values, my_values, counts=[count * width for count in counts])
+    works = [
+        comm.all_gather(indices, my_indices, counts=counts, async_op=True),
+        comm.all_gather(values, my_values.detach(), counts=[count * width for count in counts], async_op=True),
+    ]
+    yield
+    for work in works:
+        _wait(work)
     if averaged:
         values /= comm.size
-    total = torch.sparse_coo_tensor(indices.view(1, -1), values.view(-1, *row_shape), parameter.shape, check_invariants=False)
-    return total.coalesce()
+    parameter.grad = _sparse(parameter, indices, values)
 
 
-def _reduce_densely(parameter: nn.Parameter, comm: Communicator, averaged: bool) -> None:
+def _reduce_densely(parameter: nn.Parameter, comm: Communicator, averaged: bool) -> Iterator[None]:
     grad = parameter.grad
-    dense = torch.zeros_like(parameter, memory_format=torch.contiguous_format) if grad is None else grad.detach()
+    dense = torch.zeros(parameter.shape, dtype=parameter.dtype) if grad is None else grad.detach()
     dense = dense.to_dense() if dense.is_sparse else dense.contiguous()
-    comm.all_reduce(dense, "avg" if averaged else "sum")
+    work = comm.all_reduce(dense, "avg" if averaged else "sum", async_op=True)
+    yield
+    _wait(work)
     parameter.grad = dense
+
+
+def _sparse(parameter: nn.Parameter, indices: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    rows = values.view(-1, *parameter.shape[1:]) if indices.numel() else values.new_empty(0, *parameter.shape[1:])
+    return torch.sparse_coo_tensor(indices.view(1, -1), rows, parameter.shape, check_invariants=False).coalesce()
+
+
+def _wait(work: Work | None) -> None:
+    if work is not None:
+        work.wait()

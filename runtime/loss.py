@@ -114,9 +114,12 @@ class TorchLoss:
                 f"Use one of {', '.join(allowed)}. {PAIR_ADVICE}"
             )
         if function in WEIGHT_OF_ELEMENTS and given.get("weight") is not None:
-            raise ConfigError(
-                f"loss: {name} with a weight for each element of the batch: a rank holds some of the rows only. {PAIR_ADVICE}"
-            )
+            raise ConfigError(f"loss: {name} with a weight for each element of the batch: a rank holds some of the rows only. {PAIR_ADVICE}")
+
+    @property
+    def ignore_index(self) -> int | None:
+        """The target that does not count, where targets are classes."""
+        return self._options().get("ignore_index", -100) if self._function in OF_CLASSES else None
 
     def count_ahead(self, target: Any, rows: int) -> float:
         if self._reduction == "sum" or rows == 0:
@@ -153,7 +156,7 @@ class TorchLoss:
                 raise ConfigError(f"loss: {self._name} got class probabilities of shape {tuple(target.shape)}, without a dim of rows.")
             return target.numel() / max(1, target.shape[1])
         options = self._options()
-        valid = target != options.get("ignore_index", -100)
+        valid = target != int(options.get("ignore_index", -100))
         weight = options.get("weight")
         if weight is None:
             return float(valid.sum())
@@ -211,9 +214,7 @@ class UserLoss:
     def _scalar(self, value: Any, where: str) -> Tensor:
         if not isinstance(value, Tensor) or not value.is_floating_point() or value.numel() != 1:
             seen = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise ConfigError(
-                f"loss: {self._name} returned {seen}{where}. Return a scalar tensor, or a pair (total, count) with a scalar total."
-            )
+            raise ConfigError(f"loss: {self._name} returned {seen}{where}. Return a scalar tensor, or a pair (total, count) with a scalar total.")
         return value.reshape(())
 
 

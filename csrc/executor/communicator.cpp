@@ -175,11 +175,18 @@ std::string Communicator::Standing(const Operation& operation) const {
                      std::to_string(operation.steps());
   const int peer = operation.WaitingFor();
   if (peer < 0) return text + ", behind an earlier operation";
-  return text + ", waiting for " + context_->Label(WorldRank(peer)) + context_->LastOperation(WorldRank(peer));
+  int end;
+  return text + ", waiting for " + context_->Chain(WorldRank(peer), &end);
 }
 
 void Communicator::Broken(const Operation& operation) {
   const int culprit = WorldRank(operation.broken_peer());
+  if (operation.unshared()) {
+    context_->Abort(*this, {ErrorCode::kSystem, culprit,
+                            Describe(operation) + ": rank " + std::to_string(context_->rank()) + " could not share registered memory with " +
+                                context_->Label(culprit) + "\n  Is there address space and descriptors left (ulimit -v, ulimit -n)?"});
+    return;
+  }
   if (!operation.mismatched()) {
     context_->Lost(culprit);
     return;
@@ -218,6 +225,7 @@ void Communicator::Check(uint64_t now) {
     if (queue->waiting.empty()) continue;
     const Operation& operation = *queue->waiting.front();
     const int peer = operation.WaitingFor();
+    context_->NoteStanding(operation, peer < 0 ? -1 : WorldRank(peer));
     if (peer >= 0 && context_->HasLeft(WorldRank(peer)) && !channels_[static_cast<size_t>(peer)].sockets[kCollectiveLane].valid()) {
       // Its farewell came after everything it sent; nothing moved, so nothing more will come.
       if (Turn(queue)) continue;
@@ -228,18 +236,29 @@ void Communicator::Check(uint64_t now) {
     std::string text = Describe(operation) + " gave up after " + Seconds(operation.request().timeout_ns) + "\n  " + Standing(operation) +
                        "\n  If that rank is slow, raise timeout_s (--timeout); if it has ended the loop early or issues other collectives, "
                        "every rank must take part in each.";
-    context_->Abort(*this, {ErrorCode::kTimeout, peer < 0 ? -1 : WorldRank(peer), text});
+    int culprit = -1;
+    if (peer >= 0) context_->Chain(WorldRank(peer), &culprit);
+    context_->Abort(*this, {ErrorCode::kTimeout, culprit, text});
     return;
   }
 }
 
-void Communicator::Expose(int peer, const char* data, size_t nbytes, uint64_t* region, uint64_t* offset) {
+bool Communicator::Expose(int peer, const char* data, size_t nbytes, uint64_t* region, uint64_t* offset) {
   *region = 0;
   *offset = 0;
-  if (channels_[static_cast<size_t>(peer)].sockets[kCollectiveLane].valid()) return;
-  context_->Announce(WorldRank(peer), data, nbytes, region, offset);
+  if (channels_[static_cast<size_t>(peer)].sockets[kCollectiveLane].valid()) return true;
+  return context_->Announce(WorldRank(peer), data, nbytes, region, offset);
 }
 
 char* Communicator::Attach(int peer, uint64_t region, uint64_t offset) { return context_->MapRegion(WorldRank(peer), region, offset); }
+
+char* Communicator::Scratch(size_t nbytes) {
+  constexpr size_t kAlignment = 64;
+  if (nbytes + kAlignment > scratch_nbytes_) {
+    scratch_nbytes_ = nbytes + kAlignment;
+    scratch_.reset(new char[scratch_nbytes_]);  // not zeroed: a schedule never reads what it has not written
+  }
+  return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(scratch_.get()) + kAlignment - 1) & ~(kAlignment - 1));
+}
 
 }  // namespace ringfold

@@ -65,8 +65,9 @@ class Communicator : public Peers {
 
   Sender* SenderTo(int peer, Lane lane) override { return channels_[static_cast<size_t>(peer)].senders[lane].get(); }
   Receiver* ReceiverFrom(int peer, Lane lane) override { return channels_[static_cast<size_t>(peer)].receivers[lane].get(); }
-  void Expose(int peer, const char* data, size_t nbytes, uint64_t* region, uint64_t* offset) override;
+  bool Expose(int peer, const char* data, size_t nbytes, uint64_t* region, uint64_t* offset) override;
   char* Attach(int peer, uint64_t region, uint64_t offset) override;
+  char* Scratch(size_t nbytes) override;
 
  private:
   struct Channels {
@@ -93,6 +94,8 @@ class Communicator : public Peers {
   int rank_ = 0;
   Mapping arena_;
   size_t ring_nbytes_ = 0;
+  std::unique_ptr<char[]> scratch_;
+  size_t scratch_nbytes_ = 0;
   std::vector<Channels> channels_;  // by rank in the communicator
   std::vector<std::unique_ptr<Program>> programs_;
   std::map<std::pair<Kind, int>, const Program*> message_programs_;

@@ -359,7 +359,7 @@ void Context::Cancel(Communicator* communicator, const std::string& why) {
   Abort(*communicator, {ErrorCode::kClosed, rank_, why});
 }
 
-void Context::Announce(int world_rank, const char* data, size_t nbytes, uint64_t* region, uint64_t* offset) {
+bool Context::Announce(int world_rank, const char* data, size_t nbytes, uint64_t* region, uint64_t* offset) {
   for (const uint64_t freed : pool_->FreedSince(&freed_cursor_)) {
     for (Peer& peer : peers_) {
       if (peer.announced.erase(freed) > 0 && peer.link != nullptr)
@@ -367,15 +367,16 @@ void Context::Announce(int world_rank, const char* data, size_t nbytes, uint64_t
     }
   }
   RegionRef ref;
-  if (!pool_->Find(data, nbytes, &ref)) return;
+  if (!pool_->Find(data, nbytes, &ref)) return true;
   Peer& peer = peers_[static_cast<size_t>(world_rank)];
   if (peer.announced.count(ref.id) == 0) {
-    if (peer.link == nullptr) return;
-    if (!peer.link->Send(LinkType::kRegion, ref.id, ref.region_nbytes, 0, "", {ref.fd}, NowNs() + kSecond).ok()) return;
+    if (peer.link == nullptr) return false;
+    if (!peer.link->Send(LinkType::kRegion, ref.id, ref.region_nbytes, 0, "", {ref.fd}, NowNs() + kSecond).ok()) return false;
     peer.announced.insert(ref.id);
   }
   *region = ref.id;
   *offset = ref.offset;
+  return true;
 }
 
 char* Context::MapRegion(int world_rank, uint64_t region, uint64_t offset) {
@@ -419,21 +420,44 @@ void Context::CloseRecord(const Operation& operation) {
   OperationRecord& record = page_->Record(operation.record);
   record.end_ns = NowNs();
   record.step = static_cast<uint16_t>(std::min<size_t>(operation.steps_done(), 65535));
-  const int peer = operation.error().ok() ? -1 : operation.WaitingFor();
-  record.waiting_for = peer;
   record.state.store(static_cast<uint8_t>(operation.error().ok() ? RecordState::kDone : RecordState::kFailed), std::memory_order_release);
 }
 
-std::string Context::LastOperation(int world_rank) const {
+void Context::NoteStanding(const Operation& operation, int waiting_for) {
+  OperationRecord& record = page_->Record(operation.record);
+  record.step = static_cast<uint16_t>(std::min<size_t>(operation.steps_done(), 65535));
+  record.waiting_for = waiting_for;
+}
+
+const OperationRecord* Context::LastRecord(int world_rank) const {
   const Peer& peer = peers_[static_cast<size_t>(world_rank)];
-  if (!peer.page.valid()) return "";
+  if (!peer.page.valid()) return nullptr;
   Page* page = reinterpret_cast<Page*>(peer.page.data());
   const uint64_t next = page->next_operation.load(std::memory_order_acquire);
-  if (next == 0) return ", which has issued no operation yet";
-  const OperationRecord& last = page->Record(next - 1);
-  const auto state = static_cast<RecordState>(last.state.load());
-  return std::string(", whose last operation was ") + OpName(last.operation) + " #" + std::to_string(last.sequence) +
+  return next == 0 ? nullptr : &page->Record(next - 1);
+}
+
+std::string Context::LastOperation(int world_rank) const {
+  if (!peers_[static_cast<size_t>(world_rank)].page.valid()) return "";
+  const OperationRecord* last = LastRecord(world_rank);
+  if (last == nullptr) return ", which has issued no operation yet";
+  const auto state = static_cast<RecordState>(last->state.load());
+  return std::string(", whose last operation was ") + OpName(last->operation) + " #" + std::to_string(last->sequence) +
          (state == RecordState::kDone ? " (done)" : state == RecordState::kFailed ? " (failed)" : " (under way)");
+}
+
+std::string Context::Chain(int world_rank, int* end) const {
+  std::string text = Label(world_rank);
+  *end = world_rank;
+  for (size_t hops = 0; hops < peers_.size(); ++hops) {
+    const OperationRecord* last = LastRecord(*end);
+    const bool waits = last != nullptr && static_cast<RecordState>(last->state.load()) != RecordState::kDone;
+    const int next = waits ? last->waiting_for : -1;
+    if (next < 0 || next == rank_ || next >= static_cast<int>(peers_.size())) break;
+    *end = next;
+    text += ", which waits for " + Label(next);
+  }
+  return text + LastOperation(*end);
 }
 
 Error Context::error() {

@@ -64,12 +64,16 @@ class Context {
   uint64_t OpenRecord(const Communicator& communicator, const Operation& operation);
   void StartRecord(const Operation& operation);
   void CloseRecord(const Operation& operation);
+  // Writes how far an operation is and which world rank it waits for (-1: none), where peers and the launcher can see it.
+  void NoteStanding(const Operation& operation, int waiting_for);
   const std::string& Label(int world_rank) const { return peers_[static_cast<size_t>(world_rank)].label; }
   std::string LastOperation(int world_rank) const;
+  // Follows who waits for whom, from `world_rank` on, to a rank that waits for nobody: "rank 1 (...), which waits for rank 2 (...), whose last ...".
+  std::string Chain(int world_rank, int* end) const;
   bool HasLeft(int world_rank) const { return peers_[static_cast<size_t>(world_rank)].left; }
   void Lost(int world_rank);
   void Abort(Communicator& communicator, const Error& error);
-  void Announce(int world_rank, const char* data, size_t nbytes, uint64_t* region, uint64_t* offset);
+  bool Announce(int world_rank, const char* data, size_t nbytes, uint64_t* region, uint64_t* offset);
   char* MapRegion(int world_rank, uint64_t region, uint64_t offset);
 
  private:
@@ -86,6 +90,7 @@ class Context {
     std::set<uint64_t> announced;           // regions of ours that it has
   };
 
+  const OperationRecord* LastRecord(int world_rank) const;
   bool Progress();
   bool Busy() const;
   void CheckDeadlines(uint64_t now);

@@ -35,13 +35,13 @@ void Operation::Load(const Program* program) {
     uint64_t longest = 0;
     for (size_t c = 0; c + 1 < request_.offsets.size(); ++c) longest = std::max(longest, request_.offsets[c + 1] - request_.offsets[c]);
     slot_nbytes_ = (longest * element_ + 63) & ~size_t{63};
-    scratch_.resize(slot_nbytes_ * program->scratch_chunks);
+    scratch_ = nullptr;  // not before this operation runs: the one before may still use it
   }
   if (remaining_ == 0) finished_.store(true, std::memory_order_release);
 }
 
 char* Operation::Base(Buffer buffer, uint16_t chunk) const {
-  if (buffer == Buffer::kScratch) return const_cast<char*>(scratch_.data()) + slot_nbytes_ * chunk;
+  if (buffer == Buffer::kScratch) return scratch_ + slot_nbytes_ * chunk;
   const bool full = buffer == Buffer::kInput ? program_->input_full : program_->output_full;
   char* base = buffer == Buffer::kInput ? request_.input : request_.output;
   return full ? base + request_.offsets[chunk] * element_ : base;
@@ -98,7 +98,9 @@ Io Operation::RunReceive(const Step& step, Peers* peers) {
   if (attach) {
     char* data = header.region == 0 ? nullptr : peers->Attach(step.peer, header.region, header.offset);
     exposed_[static_cast<size_t>(step.peer)] = data;
-    unregistered_ = unregistered_ || data == nullptr;
+    unregistered_ = unregistered_ || header.region == 0;
+    unshared_ = data == nullptr && header.region != 0;
+    if (unshared_) return Io::kBroken;
   }
   return receiver->Receive(sink);
 }
@@ -111,7 +113,8 @@ Io Operation::RunExpose(const Step& step, Peers* peers) {
   const size_t count = full ? request_.count : request_.offsets[own + 1] - request_.offsets[own];
   FrameHeader header;
   header.fingerprint = fingerprint_;
-  peers->Expose(step.peer, data, count * element_, &header.region, &header.offset);
+  unshared_ = !peers->Expose(step.peer, data, count * element_, &header.region, &header.offset);
+  if (unshared_) return Io::kBroken;
   unregistered_ = unregistered_ || header.region == 0;
   exposed_[own] = data;
   return peers->SenderTo(step.peer, lane())->Send(header, nullptr);
@@ -184,6 +187,7 @@ Io Operation::Run(const Step& step, Peers* peers) {
 
 bool Operation::Advance(Peers* peers) {
   bool moved = false;
+  if (slot_nbytes_ > 0 && scratch_ == nullptr) scratch_ = peers->Scratch(slot_nbytes_ * program_->scratch_chunks);
   for (bool again = true, worked = false; again && !worked && remaining_ > 0;) {
     again = false;
     for (size_t q = 0; q < program_->queues.size(); ++q) {
@@ -207,6 +211,7 @@ bool Operation::Advance(Peers* peers) {
         if (step.kind == Kind::kFence && unregistered_ && program_->fallback != nullptr) {
           // Every rank has seen the same answers at its first fence, so every rank turns here.
           Load(program_->fallback.get());
+          if (slot_nbytes_ > 0) scratch_ = peers->Scratch(slot_nbytes_ * program_->scratch_chunks);
           q = program_->queues.size();
           break;
         }

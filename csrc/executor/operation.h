@@ -35,10 +35,12 @@ class Peers {
   virtual ~Peers() = default;
   virtual Sender* SenderTo(int peer, Lane lane) = 0;
   virtual Receiver* ReceiverFrom(int peer, Lane lane) = 0;
-  // Finds registered memory for [data, data + nbytes) and makes sure the peer can map it; region 0 if it is not registered or the peer is far.
-  virtual void Expose(int peer, const char* data, size_t nbytes, uint64_t* region, uint64_t* offset) = 0;
+  // Finds registered memory for [data, data + nbytes) and makes sure the peer can map it; region 0 if it is not registered. False: the peer cannot be told.
+  virtual bool Expose(int peer, const char* data, size_t nbytes, uint64_t* region, uint64_t* offset) = 0;
   // The address here of a peer's exposed memory, or null if it cannot be mapped.
   virtual char* Attach(int peer, uint64_t region, uint64_t offset) = 0;
+  // Memory for the one collective that is running, with the contents of the last.
+  virtual char* Scratch(size_t nbytes) = 0;
 };
 
 class Operation {
@@ -68,6 +70,8 @@ class Operation {
   // After Advance met a frame of another operation: its header and sender.
   bool mismatched() const { return mismatched_; }
   const FrameHeader& foreign() const { return foreign_; }
+  // After Advance could not share registered memory with broken_peer(); every rank must take the same path, so there is no going on without.
+  bool unshared() const { return unshared_; }
 
   uint64_t record = 0;  // index in the page
 
@@ -107,7 +111,7 @@ class Operation {
   std::vector<uint8_t> done_;    // by step
   std::vector<uint32_t> at_;     // by queue: how many of its steps are done
   size_t remaining_ = 0;
-  std::vector<char> scratch_;
+  char* scratch_ = nullptr;
   size_t slot_nbytes_ = 0;
 
   std::vector<char*> exposed_;   // by rank: its exposed vector as mapped here
@@ -115,6 +119,7 @@ class Operation {
 
   int broken_peer_ = -1;
   bool mismatched_ = false;
+  bool unshared_ = false;
   FrameHeader foreign_;
 
   Error error_;

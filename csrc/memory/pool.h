@@ -1,7 +1,7 @@
 // Registered memory: an allocator over memfd regions whose descriptors can be given to peers.
 //
-// A region holds at least 16 MiB and is cut first-fit; neighbours coalesce when released. A region that is wholly free is unmapped, but for the last one
-// (the spare). Peers map whole regions, once, by id.
+// A region holds at least 16 MiB and is cut first-fit; neighbours coalesce when released. A region that is wholly free is unmapped, but for
+// the last one (the spare). Peers map whole regions, once, by id.
 #pragma once
 
 #include <atomic>
@@ -36,8 +36,8 @@ class Pool {
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
 
-  // At least `nbytes`, aligned to 64 bytes, or to a page from 64 KiB up. The contents are whatever was there. Zero bytes give a pointer of their own.
-  // nullptr if there is no memory for it; errno then says why.
+  // At least `nbytes`, aligned to 64 bytes, or to 4 KiB from 64 KiB up. The contents are whatever was there. Zero bytes give a pointer of
+  // their own. nullptr if there is no memory for it; errno then says why.
   void* Allocate(size_t nbytes);
 
   // False (and nothing happens) if `ptr` is not the start of an allocation. nullptr is allowed.

@@ -1,4 +1,4 @@
-// One fold per instruction set. reduce.cpp picks one at run time; each is kernels.inc compiled for its set.
+// One fold per instruction set. reduce.cpp picks one at run time; each is kernels_body.h compiled for its set.
 #pragma once
 
 #include <cstddef>

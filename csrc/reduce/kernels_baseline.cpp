@@ -3,4 +3,4 @@
 #define RINGFOLD_TARGET
 #define RINGFOLD_VECTOR_NBYTES 16
 #define RINGFOLD_F16C 0
-#include "reduce/kernels.inc"
+#include "reduce/kernels_body.h"

@@ -38,8 +38,8 @@ void Dispatched(DType dtype, Reduction reduction, const FoldJob& job) {
 }
 
 // n vectors of nbytes each, folded in place into the first `n_dst` of them by `threads` threads.
-double FoldGBs(FoldFunction fold, DType dtype, size_t nbytes, const std::vector<Mapping>& memory, size_t n_src, size_t n_dst, unsigned divisor,
-               size_t threads) {
+double FoldGBs(FoldFunction fold, DType dtype, size_t nbytes, const std::vector<Mapping>& memory, size_t n_src, size_t n_dst,
+               unsigned divisor, size_t threads) {
   const size_t part = nbytes / threads;
   const double seconds = Best(nbytes * n_src, [&] {
     std::vector<std::thread> others;
@@ -80,8 +80,7 @@ int Main() {
   for (const size_t nbytes : {16 * kMiB / 1024, 256 * kMiB / 1024, 4 * kMiB, 64 * kMiB}) {
     const double copy = Best(nbytes, [&] { std::memcpy(memory[0].data(), memory[1].data(), nbytes); });
     std::printf("%zu KiB a vector: memcpy %.1f GB/s\n", nbytes / 1024, 2e-9 * static_cast<double>(nbytes) / copy);
-    std::printf("  %-10s %9s %9s %9s %9s %9s %9s %9s %9s %9s\n", "GB/s", "f32 2->1", "f32 2->2", "f32 avg3", "f32 4->4", "f32 8->8", "f16 2->2",
-                "bf16 2->2", "f64 2->2", "2->2 x2");
+    std::printf("  GB/s        f32 2->1  f32 2->2  f32 avg3  f32 4->4  f32 8->8  f16 2->2 bf16 2->2  f64 2->2   2->2 x2\n");
     for (const Set& set : sets) {
       if (!set.supported) continue;
       const auto measure = [&](DType dtype, size_t n_src, size_t n_dst, unsigned divisor, size_t threads) {

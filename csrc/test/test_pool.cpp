@@ -15,9 +15,9 @@
 #include <thread>
 #include <vector>
 
-#include "check.h"
 #include "memory/mapping.h"
 #include "memory/pool.h"
+#include "test/check.h"
 
 namespace ringfold {
 namespace {

@@ -1,4 +1,5 @@
-// Every kernel of this processor against a scalar reference that shares no code with it: conversions through double arithmetic, one element at a time.
+// Every kernel of this processor against a scalar reference that shares no code with it: one element at a time, conversions by double
+// arithmetic.
 
 #include <algorithm>
 #include <cmath>
@@ -11,9 +12,9 @@
 #include <xmmintrin.h>
 #endif
 
-#include "check.h"
 #include "reduce/kernels.h"
 #include "reduce/reduce.h"
+#include "test/check.h"
 
 namespace ringfold {
 namespace {
@@ -125,7 +126,8 @@ void ReferencePlain(Reduction reduction, const std::vector<const unsigned char*>
   }
 }
 
-void ReferenceHalf(Format format, Reduction reduction, const std::vector<const unsigned char*>& srcs, size_t count, unsigned divisor, Bytes* out) {
+void ReferenceHalf(Format format, Reduction reduction, const std::vector<const unsigned char*>& srcs, size_t count, unsigned divisor,
+                   Bytes* out) {
   for (size_t i = 0; i < count; ++i) {
     float value = Decode(At<uint16_t>(srcs[0], i), format);
     for (size_t s = 1; s < srcs.size(); ++s) value = FoldScalar(reduction, value, Decode(At<uint16_t>(srcs[s], i), format));
@@ -268,9 +270,11 @@ std::vector<const unsigned char*> Begins(const std::vector<Vector>& vectors) {
 
 template <class Case>
 void ForEveryCase(const Case& run) {
-  for (unsigned dtype = 0; dtype < kDTypeCount; ++dtype) {
-    for (unsigned reduction = 0; reduction < kReductionCount; ++reduction) {
-      if (Supports(static_cast<DType>(dtype), static_cast<Reduction>(reduction))) run(static_cast<DType>(dtype), static_cast<Reduction>(reduction));
+  for (unsigned dtype_code = 0; dtype_code < kDTypeCount; ++dtype_code) {
+    for (unsigned reduction_code = 0; reduction_code < kReductionCount; ++reduction_code) {
+      const auto dtype = static_cast<DType>(dtype_code);
+      const auto reduction = static_cast<Reduction>(reduction_code);
+      if (Supports(dtype, reduction)) run(dtype, reduction);
     }
   }
 }
@@ -284,7 +288,8 @@ unsigned DivisorFor(DType dtype, size_t i) { return dtype == DType::Bool ? 1 : k
 
 void KnownConversionsHold() {
   CHECK(Encode(65504.0f, kF16) == 0x7bff && Encode(65519.0f, kF16) == 0x7bff && Encode(65520.0f, kF16) == 0x7c00);
-  CHECK(Encode(0x1p-25f, kF16) == 0 && Encode(0x1.8p-25f, kF16) == 1 && Encode(-0x1p-24f, kF16) == 0x8001 && Encode(0x1.ffcp-15f, kF16) == 0x0400);
+  CHECK(Encode(0x1p-25f, kF16) == 0 && Encode(0x1.8p-25f, kF16) == 1 && Encode(-0x1p-24f, kF16) == 0x8001);
+  CHECK(Encode(0x1.ffcp-15f, kF16) == 0x0400);
   CHECK(Encode(1.0f + 0x1p-8f, kBF16) == 0x3f80 && Encode(1.0f + 0x3p-8f, kBF16) == 0x3f82 && Encode(0x1.ffp127f, kBF16) == 0x7f80);
   for (unsigned bits = 0; bits < 65536; ++bits) {
     for (const Format format : {kF16, kBF16}) {
@@ -294,7 +299,8 @@ void KnownConversionsHold() {
   }
 }
 
-// Each of the 65,536 values, against factors that make the product fall anywhere between two values, below the smallest and above the largest.
+// Each of the 65,536 values, against factors that make the result fall anywhere between two values, below the smallest and above the
+// largest.
 void EveryHalfConvertsExactly() {
   std::vector<uint16_t> all(65536);
   for (size_t i = 0; i < all.size(); ++i) all[i] = static_cast<uint16_t>(i);
@@ -371,7 +377,8 @@ void FoldWorksInPlace() {
     for (const size_t count : {size_t{5}, size_t{130}, size_t{1031}}) {
       for (size_t n_src = 1; n_src <= 5; ++n_src) {
         const std::vector<Vector> drawn = Draws(dtype, n_src, count, &random);
-        const Bytes expected = Reference(dtype, reduction, Begins(drawn), count, n_src == 1 ? 1 : DivisorFor(dtype, n_src));
+        const unsigned divisor = DivisorFor(dtype, n_src);
+        const Bytes expected = Reference(dtype, reduction, Begins(drawn), count, divisor);
         for (const FoldFunction kernel : Kernels()) {
           std::vector<Vector> vectors(drawn);
           Vector extra(count * SizeOf(dtype), 1);
@@ -380,8 +387,7 @@ void FoldWorksInPlace() {
           for (const Vector& vector : vectors) to.push_back(vector.begin);
           std::shuffle(to.begin(), to.end(), random);
           to.push_back(extra.begin);
-          kernel(dtype, reduction,
-                 {to.data(), to.size(), reinterpret_cast<const void* const*>(from.data()), n_src, count, n_src == 1 ? 1 : DivisorFor(dtype, n_src)});
+          kernel(dtype, reduction, {to.data(), to.size(), reinterpret_cast<const void* const*>(from.data()), n_src, count, divisor});
           for (const void* dst : to) CHECK(Same(dtype, static_cast<const unsigned char*>(dst), expected.data(), count));
         }
       }

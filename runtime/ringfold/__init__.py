@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ringfold.collectives.communicator import Communicator as Communicator
-    from ringfold.collectives.work import Work as Work
     from ringfold.collectives.errors import AuthenticationError as AuthenticationError
     from ringfold.collectives.errors import CheckpointError as CheckpointError
     from ringfold.collectives.errors import CollectiveMismatch as CollectiveMismatch
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from ringfold.collectives.errors import PeerLost as PeerLost
     from ringfold.collectives.errors import PrecisionError as PrecisionError
     from ringfold.collectives.errors import RingfoldError as RingfoldError
+    from ringfold.collectives.work import Work as Work
     from ringfold.parallel.data_parallel import DataParallel as DataParallel
     from ringfold.parallel.layout import Layout as Layout
     from ringfold.parallel.mesh import DeviceMesh as DeviceMesh

@@ -15,7 +15,7 @@ from torch.optim import lr_scheduler
 
 FACTORIES: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True),
-    "Adam": lambda p: torch.optim.Adam(p, lr=torch.tensor(0.01), amsgrad=True, foreach=True),
+    "Adam": lambda p: torch.optim.Adam(p, lr=torch.tensor(0.01), amsgrad=True),
     "AdamW": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
     "Adamax": torch.optim.Adamax,
     "NAdam": torch.optim.NAdam,
@@ -158,7 +158,7 @@ def test_a_parameter_that_is_not_the_models_has_no_name(tmp_path: Path) -> None:
         save(tmp_path / "c", model, optimizer)
 
 
-def test_a_tied_parameter_is_saved_once_by_its_first_name(tmp_path: Path) -> None:
+def test_a_tied_parameter_is_saved_once_by_its_first_name() -> None:
     model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
     model[1].weight = model[0].weight
     optimizer = torch.optim.Adam(model.parameters())

@@ -149,7 +149,7 @@ def test_a_folder_that_is_no_checkpoint_is_not_overwritten(tmp_path: Path) -> No
 
 def test_a_folder_that_cannot_be_made_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="File exists .*can be written"):
+    with pytest.raises(CheckpointError, match=r"File exists .*can be written"):
         checkpoint.save(tmp_path / "file" / "step-1", step=1, model_state=filled(0).state_dict())
 
 

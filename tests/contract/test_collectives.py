@@ -26,8 +26,14 @@ every_world = pytest.mark.parametrize(("size", "transport"), [(n, t) for t in ("
 some_worlds = pytest.mark.parametrize(("size", "transport"), [(n, t) for t in ("shm", "tcp") for n in (2, 3)])
 
 
-def counts_for(size: int) -> list[int]:
-    return sorted({0, 1, 3, size - 1, size, size + 1, 1000})
+def counts_for(size: int, reduction: str = "sum") -> list[int]:
+    """Return the counts to try; reductions differ in arithmetic only, so all but sum take two."""
+    return sorted({0, 1, 3, size - 1, size, size + 1, 1000} if reduction == "sum" else {size + 1, 1000})
+
+
+def kinds_of_memory(transport: str) -> tuple[bool, ...]:
+    """Over tcp registered memory is memory like any other."""
+    return (False, True) if transport == "shm" else (False,)
 
 
 def random_values(dtype: torch.dtype, *shape: int, seed: int = 0, narrow: bool = False) -> Tensor:
@@ -107,10 +113,10 @@ def finish(work: Any, asynchronous: bool) -> None:
 def check_all_reduce(world: Any) -> dict[str, int]:
     verdicts, memory = Verdicts(), Memory(world, 1001)
     for dtype, reduction, inputs, expected, bound in folds(world.size, 1000):
-        for i, count in enumerate(counts_for(world.size)):
+        for i, count in enumerate(counts_for(world.size, reduction)):
             part = slice(1000 - count, None)
             for algorithm in ALGORITHMS:
-                for registered in (False, True):
+                for registered in kinds_of_memory(world.transport):
                     case = f"all_reduce {dtype} {reduction} x {count}, {algorithm}, registered={registered}"
                     tensor = memory.of(inputs[world.rank, part], registered, offset=i % 2)
                     asynchronous = i % 3 == 0
@@ -121,7 +127,7 @@ def check_all_reduce(world: Any) -> dict[str, int]:
 
 @every_world
 def test_all_reduce_is_right_and_the_same_on_every_rank(size: int, transport: str) -> None:
-    assert_same_bits(run_ranks(size, check_all_reduce, transport=transport), at_least=7 * 5 * 4 * 3 * 2)
+    assert_same_bits(run_ranks(size, check_all_reduce, transport=transport), at_least=7 * (4 + 4 * 2) * 3)
 
 
 def check_special_values(world: Any) -> None:
@@ -155,7 +161,7 @@ def check_large(world: Any, count: int) -> dict[str, int]:
     for dtype in (torch.float32, torch.bfloat16, torch.int64):
         total = (world.size * base + world.size * (world.size - 1) // 2).to(dtype)
         own = (base + world.rank).to(dtype)
-        for registered in (False, True):
+        for registered in kinds_of_memory(world.transport):
             tensor = world.empty(count, dtype=dtype) if registered else torch.empty(count, dtype=dtype)
             for algorithm in ALGORITHMS:
                 case = f"all_reduce {dtype} x {count}, {algorithm}, registered={registered}"
@@ -171,14 +177,14 @@ def check_large(world: Any, count: int) -> dict[str, int]:
 
 @pytest.mark.parametrize(("size", "transport", "count"), [(n, t, 300_001) for t in ("shm", "tcp") for n in (2, 3, 5, 8)])
 def test_a_large_vector_of_odd_length_is_exact(size: int, transport: str, count: int) -> None:
-    assert_same_bits(run_ranks(size, check_large, count, transport=transport), at_least=3 * 3 * 2 * 3)
+    assert_same_bits(run_ranks(size, check_large, count, transport=transport), at_least=3 * 3 * 3)
 
 
 def check_very_large(world: Any) -> None:
     count = 3_000_017
     base = torch.randint(0, 11, (count,), generator=torch.Generator().manual_seed(3)).to(torch.float32)
     expected = world.size * base + world.size * (world.size - 1) // 2
-    for registered in (False, True):
+    for registered in kinds_of_memory(world.transport):
         tensor = world.empty(count) if registered else torch.empty(count)
         for algorithm in ALGORITHMS:
             tensor.copy_(base + world.rank)
@@ -223,12 +229,10 @@ def test_ranks_may_disagree_about_registered_memory(size: int, transport: str) -
 def check_reduce_scatter(world: Any) -> int:
     cases, memory, out_memory = 0, Memory(world, 1001 * world.size), Memory(world, 1000)
     for dtype, reduction, inputs, expected, bound in folds(world.size, 1000 * world.size):
-        for i, count in enumerate(counts_for(world.size)):
-            if dtype is not torch.float32 and count not in (0, 3, world.size + 1):
-                continue  # sizes were all_reduce's matter; here the interest is in who gets which chunk
+        for i, count in enumerate(counts_for(world.size, reduction)):
             own = slice(world.rank * count, (world.rank + 1) * count)
             for algorithm in ALGORITHMS:
-                for registered in (False, True):
+                for registered in kinds_of_memory(world.transport):
                     case = f"reduce_scatter {dtype} {reduction} x {count}, {algorithm}, registered={registered}, rank {world.rank}"
                     tensor = memory.of(inputs[world.rank, : world.size * count], registered, offset=i % 2)
                     output = out_memory.of(torch.zeros(count, dtype=dtype), registered)
@@ -242,7 +246,7 @@ def check_reduce_scatter(world: Any) -> int:
 
 @every_world
 def test_reduce_scatter_gives_each_rank_its_chunk_and_leaves_the_input(size: int, transport: str) -> None:
-    assert min(run_ranks(size, check_reduce_scatter, transport=transport)) >= 7 * 5 * 2 * 3 * 2
+    assert min(run_ranks(size, check_reduce_scatter, transport=transport)) >= 7 * (4 + 4 * 2) * 3
 
 
 def check_all_gather(world: Any) -> dict[str, int]:
@@ -252,7 +256,7 @@ def check_all_gather(world: Any) -> dict[str, int]:
         for i, count in enumerate(counts_for(world.size)):
             expected = inputs[:, :count].flatten()
             for algorithm in ALGORITHMS:
-                for registered in (False, True):
+                for registered in kinds_of_memory(world.transport):
                     for in_place in (False, True):
                         case = f"all_gather {dtype} x {count}, {algorithm}, registered={registered}, in_place={in_place}"
                         output = out_memory.of(torch.zeros_like(expected), registered, offset=i % 2)
@@ -267,7 +271,7 @@ def check_all_gather(world: Any) -> dict[str, int]:
 
 @every_world
 def test_all_gather_puts_every_chunk_in_rank_order(size: int, transport: str) -> None:
-    assert_same_bits(run_ranks(size, check_all_gather, transport=transport), at_least=7 * 4 * 3 * 2 * 2)
+    assert_same_bits(run_ranks(size, check_all_gather, transport=transport), at_least=7 * 4 * 3 * 2)
 
 
 def uneven_counts(size: int) -> list[list[int]]:
@@ -290,7 +294,7 @@ def check_uneven(world: Any) -> int:
             expected = reference("sum", inputs)
             bound = None if dtype in INTEGERS else fold_bound("sum", inputs)
             for algorithm in ALGORITHMS:
-                for registered in (False, True):
+                for registered in kinds_of_memory(world.transport):
                     new: Callable[..., Tensor] = world.empty if registered else torch.empty
                     case = f"{dtype}, counts {counts}, {algorithm}, registered={registered}, rank {world.rank}"
                     tensor = new(total, dtype=dtype).copy_(inputs[world.rank])
@@ -307,7 +311,7 @@ def check_uneven(world: Any) -> int:
 
 @every_world
 def test_uneven_counts_and_ranks_without_any(size: int, transport: str) -> None:
-    assert min(run_ranks(size, check_uneven, transport=transport)) == 3 * 6 * 3 * 2 * 2
+    assert min(run_ranks(size, check_uneven, transport=transport)) >= 3 * 6 * 3 * 2
 
 
 # broadcast, barrier, send and recv, objects
@@ -320,7 +324,7 @@ def check_broadcast(world: Any) -> dict[str, int]:
         for i, count in enumerate(counts_for(world.size)):
             for root in range(world.size):
                 for algorithm in ALGORITHMS if dtype is torch.float32 else (None,):
-                    for registered in (False, True):
+                    for registered in kinds_of_memory(world.transport):
                         tensor = memory.of(inputs[world.rank, :count], registered, offset=i % 2)
                         asynchronous = i % 3 == 0
                         finish(world.broadcast(tensor, root, async_op=asynchronous, algorithm=algorithm), asynchronous)
@@ -331,7 +335,7 @@ def check_broadcast(world: Any) -> dict[str, int]:
 
 @every_world
 def test_broadcast_works_from_every_root(size: int, transport: str) -> None:
-    assert_same_bits(run_ranks(size, check_broadcast, transport=transport), at_least=(6 + 3 * 2) * 4 * size)
+    assert_same_bits(run_ranks(size, check_broadcast, transport=transport), at_least=(6 + 3) * 4 * size)
 
 
 def check_barrier(world: Any) -> list[tuple[int, int]]:

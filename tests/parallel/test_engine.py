@@ -377,7 +377,7 @@ def plateau(optimizer: torch.optim.Optimizer) -> Any:
     [
         ({"clip_norm": 0.0}, "clip_norm is 0.0"),
         ({"optimizer": lbfgs}, "LBFGS"),
-        ({"optimizer": foreign}, "7 of its parameters are not the model's"),
+        ({"optimizer": foreign}, "8 of its parameters are not the model's"),
         ({"optimizer": list}, "got list"),
         ({"scheduler": plateau}, "ReduceLROnPlateau"),
         ({"metrics": {"loss": accuracy}}, "'loss' is taken"),

@@ -3,11 +3,13 @@
 import json
 import os
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
 import time
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import contextmanager
 from random import Random
 
 import pytest
@@ -59,12 +61,14 @@ class Workers:
     def __init__(self) -> None:
         self.children: list[subprocess.Popen] = []
 
-    def start(self, environ: dict[str, str], body: str = JOIN + CLOSE) -> None:
+    def start(self, environ: dict[str, str], body: str = JOIN + CLOSE, prefix: Sequence[str] = ()) -> None:
         clean = {key: value for key, value in os.environ.items() if not key.startswith(("RINGFOLD_", "SLURM_", "PMI", "OMPI_"))}
-        command = [sys.executable, "-c", PRELUDE.replace("BODY", body.strip("\n"))]
-        self.children.append(subprocess.Popen(command, env={**clean, **environ}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        command = [*prefix, sys.executable, "-c", PRELUDE.replace("BODY", body.strip("\n"))]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        self.children.append(subprocess.Popen(command, env={**clean, **environ}, text=True, **pipes))
 
     def reports(self, timeout_s: float = 60) -> list[dict]:
+        """Wait for each in turn and return what it printed; a worker's standard input ends only when those before it have ended."""
         deadline = time.monotonic() + timeout_s
         reports = []
         for child in self.children:
@@ -90,12 +94,13 @@ def two_ports():
     for _ in range(100):
         port = random.randrange(20_000, 30_000)  # below what the system hands out, so that nobody is given the free one meanwhile
         try:
-            with socket.create_server(("127.0.0.1", port)), ExitStack():
-                socket.create_server(("127.0.0.1", port + 1)).close()
-                yield port
-                return
+            socket.create_server(("127.0.0.1", port + 1)).close()
+            occupant = socket.create_server(("127.0.0.1", port))
         except OSError:
             continue
+        with occupant:
+            yield port
+        return
     pytest.fail("no two ports in a row are free")
 
 
@@ -155,7 +160,6 @@ def test_under_our_launcher_and_its_store(workers, size, transport, family):
 @pytest.mark.parametrize(("source", "environ"), [("torchrun", torchrun), ("openmpi", openmpi), ("hydra", hydra), ("slurm", slurm)])
 def test_under_another_launcher_without_a_store(workers, size, source, environ):
     for rank in reversed(range(size)):  # rank 0 comes last
-        workers.children[:0] = []
         workers.start(environ(rank, size))
     workers.children.reverse()
     assert_joined(workers.reports(), source)
@@ -213,7 +217,7 @@ def test_rank_0_says_how_many_it_refused(workers):
         first, second = workers.reports()
     assert second["error"] == "AuthenticationError"
     assert "rank 1 of 2 did not arrive" in first["message"]
-    assert "1 connections were refused because they did not hold the job's secret" in first["message"]
+    assert "refused because they did not hold the job's secret: 1 connections" in first["message"]
 
 
 @pytest.mark.parametrize("mode", ["launcher", "handoff"])
@@ -258,7 +262,8 @@ def test_taken_port_is_told_with_what_to_set(workers):
         workers.start(torchrun(0, 2, port, RINGFOLD_SECRET=SECRET))
         (report,) = workers.reports()
     assert report["error"] == "ConnectError"
-    assert f"cannot serve its store at 127.0.0.1:{port + 1}: Address already in use. Set RINGFOLD_STORE" in report["message"]
+    assert f"cannot serve its store at 127.0.0.1:{port + 1}: Address already in use" in report["message"]
+    assert "Set RINGFOLD_STORE=HOST:PORT to a free port" in report["message"]
 
 
 def test_ranks_that_were_told_different_things_all_say_so(workers):
@@ -269,6 +274,43 @@ def test_ranks_that_were_told_different_things_all_say_so(workers):
     assert first["error"] == second["error"] == "ConfigError"
     assert f"transport is auto on rank 0, but rank 1 ({socket.gethostname()}, pid " in first["message"]
     assert "transport is tcp on rank 1, but rank 0 (" in second["message"]
+
+
+def test_ranks_that_count_differently_do_not_wait_for_who_does_not_exist(workers):
+    with StoreServer(SECRET.encode()) as server:
+        for rank, size in ((0, 2), (1, 3)):
+            workers.start(ringfold(rank, size, server.address))
+        first, second = workers.reports()
+    assert "world_size is 2 on rank 0, but rank 1 (" in first["message"]
+    assert "world_size is 3 on rank 1, but rank 0 (" in second["message"]
+    assert {report["error"] for report in (first, second)} == {"ConfigError"}
+    assert max(report["seconds"] for report in (first, second)) < 10
+
+
+ELSEWHERE = ["unshare", "--user", "--map-current-user", "--ipc"]  # as in a container of its own on the same network
+
+
+@pytest.mark.skipif(
+    shutil.which("unshare") is None or subprocess.run([*ELSEWHERE, "true"], capture_output=True).returncode != 0,
+    reason="this machine does not let us make namespaces",
+)
+@pytest.mark.parametrize("transport", ["auto", "shm"])
+def test_rank_that_shares_no_memory_is_linked_over_tcp_or_refused(workers, transport):
+    with StoreServer(SECRET.encode()) as server:
+        for rank in range(3):
+            workers.start(ringfold(rank, 3, server.address, TRANSPORT=transport), prefix=ELSEWHERE if rank == 1 else [])
+        reports = workers.reports()
+    if transport == "shm":
+        for report in reports:
+            assert report["error"] == "ConfigError"
+            assert "transport shm needs one host, but rank 1 (" in report["message"]
+    else:
+        hosts = reports[0]["host_of"]
+        assert hosts[0] == hosts[2] == host_identity() != hosts[1]
+        families = [report["families"] for report in reports]
+        assert families[0] == {"1": "AF_INET", "2": "AF_UNIX"}
+        assert families[1] == {"0": "AF_INET", "2": "AF_INET"}
+        assert families[2] == {"0": "AF_UNIX", "1": "AF_INET"}
 
 
 def test_second_process_of_one_rank_is_refused():
@@ -313,7 +355,7 @@ def test_member_that_does_not_connect_is_named(workers):
             + ("\n    sys.stdin.read()\n" if rank == 2 else "")
             + CLOSE
         )
-        workers.start(torchrun(rank, 3, RINGFOLD_TIMEOUT_S="5"), body)
+        workers.start(torchrun(rank, 3, RINGFOLD_TIMEOUT_S="3"), body)
     first, second, _ = workers.reports()
     for report in (first, second):
         assert report["error"] == "ConnectError"
@@ -374,7 +416,7 @@ FORKED = """
         reading, writing = os.pipe()
         if os.fork() == 0:
             os.close(writing)
-            if sys.argv[1:] or LETS_GO:
+            if LETS_GO:
                 membership.close_descriptors()
             os.read(reading, 1)  # until rank 1 itself has ended
             os._exit(0)
@@ -404,9 +446,12 @@ def test_forked_child_that_closes_its_descriptors_does_not_hide_its_parents_end(
 
 def test_no_descriptor_of_a_membership_is_inherited(workers):
     body = """
-    before = set(os.listdir("/proc/self/fd"))
+    def opened():
+        return {int(fd) for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}")}
+
+    before = opened()
     membership = join(job)
-    new = [int(fd) for fd in set(os.listdir("/proc/self/fd")) - before if os.path.exists(f"/proc/self/fd/{fd}")]
+    new = opened() - before
     report |= {"new": len(new), "inheritable": [fd for fd in new if os.get_inheritable(fd)]}
     swap(membership.links, job.rank, "E")
     membership.close()
