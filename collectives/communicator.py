@@ -18,17 +18,20 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from ringfold.collectives import select
-from ringfold.collectives._native import check, core, pool
+from ringfold.collectives import registered, select
+from ringfold.collectives._native import check, core
 from ringfold.collectives.algorithms import build
+from ringfold.collectives.codes import DTYPES as DTYPE_CODES
+from ringfold.collectives.codes import OPERATIONS, REDUCTIONS
 from ringfold.collectives.environment import Job
 from ringfold.collectives.errors import ConfigError, nearest
-from ringfold.collectives.ops import DLPACK, DTYPES, OPERATIONS, REDUCTIONS
 from ringfold.collectives.page import Page
 from ringfold.collectives.session import Session
 from ringfold.collectives.work import Work
 
 __all__ = ["Communicator", "world"]
+
+DTYPES = {getattr(torch, name): code for name, code in DTYPE_CODES.items()}
 
 # An inbound ring is this long where there are few peers: in the L2 cache of the core that empties it, and long enough that a sender
 # that is woken late finds the receiver still busy. All rings of a rank together stay below RINGS_NBYTES.
@@ -69,22 +72,23 @@ class Communicator:
         self._closed = False
         self._handle: object | None = None
         if self.size > 1:
-            self._handle = core.communicator(session.context, self._id(session), name, members)
-            self._open()
+            identity = self._identity()
+            self._handle = core.communicator(session.context, identity, name, members)
+            self._open(identity)
 
-    def _id(self, session: Session) -> int:
-        """Return 32 bits that the members agree on and no other communicator of the session has: its name, members and how often it was made."""
+    def _identity(self) -> int:
+        """Return 32 bits that the members agree on and no other communicator here has: of its name, its members and how often it was made."""
+        made = self.session.communicators_made
         key = (self.name, self.members)
-        count = session.communicators_made[key] = session.communicators_made.get(key, 0) + 1
-        digest = hashlib.blake2b(repr((*key, count)).encode(), digest_size=4).digest()
-        self.id: int = struct.unpack("<I", digest)[0]
-        return self.id
+        made[key] = made.get(key, 0) + 1
+        digest = hashlib.blake2b(repr((*key, made[key])).encode(), digest_size=4).digest()
+        return int.from_bytes(digest, "little")
 
-    def _open(self) -> None:
+    def _open(self, identity: int) -> None:
         session = self.session
         far = [m for m in self.members if m != session.rank and not session.near[m]]
         for lane, purpose in enumerate(("collective", "message")):
-            for member, sock in session.membership.connect(f"communicator {self.id} {purpose}", far).items():
+            for member, sock in session.membership.connect(f"communicator {identity} {purpose}", far).items():
                 core.add_socket(self._handle, self.members.index(member), lane, sock.detach())
         ring_nbytes = min(RING_NBYTES, RINGS_NBYTES // (2 * self.size)) // 64 * 64
         check(core.open(self._handle, ring_nbytes, self.timeout_s))
@@ -235,28 +239,18 @@ class Communicator:
         return self.subgroup(ranks, name)
 
     def empty(self, *shape: int | Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Return an uninitialised contiguous tensor in registered memory, which collectives on one host fold where it lies.
-
-        Not collective. The memory goes back to the process's pool with the last view; copies (deepcopy, pickle, share_memory_) are ordinary tensors.
+        """Return an uninitialised contiguous tensor in registered memory, which collectives on one host fold where it lies; not collective.
 
         Raises:
             ConfigError: the dtype cannot be reduced.
             OSError: no memory.
         """
-        if dtype not in DLPACK:
-            raise ConfigError(f"empty: dtype {dtype} cannot be registered; expected one of {', '.join(map(str, DLPACK))}")
-        sizes = tuple(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else shape
-        count = 1
-        for size in sizes:
-            count *= int(size)  # type: ignore[arg-type]
-        code, bits = DLPACK[dtype]
-        capsule = core.allocate(pool, count * bits // 8, code, bits, sizes)
-        tensor: torch.Tensor = torch.utils.dlpack.from_dlpack(capsule)
-        return tensor.view(dtype) if dtype is torch.bool else tensor
+        sizes = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
+        return registered.empty(sizes, dtype)  # type: ignore[arg-type]
 
     def is_registered(self, tensor: torch.Tensor) -> bool:
         """Tell whether the tensor's memory lies in the process's registered pool."""
-        return bool(core.is_registered(pool, tensor.data_ptr(), tensor.numel() * tensor.element_size()))
+        return registered.is_registered(tensor)
 
     # -- about it ---------------------------------------------------------------------------------------------------------------------
 

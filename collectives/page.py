@@ -91,7 +91,7 @@ class PageState:
 
 @dataclass(frozen=True, slots=True)
 class OperationRecord:
-    """One operation; op, dtype, reduction and algorithm are the codes of `ops`, `waiting_for` is a world rank or -1."""
+    """One operation; op, dtype, reduction and algorithm are those of codes.py, `waiting_for` is a world rank or -1."""
 
     seq: int
     comm: int

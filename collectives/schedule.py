@@ -23,12 +23,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
+from ringfold.collectives.codes import ALGORITHMS
 from ringfold.collectives.errors import RingfoldError
 
 __all__ = ["Block", "Buffer", "Kind", "Schedule", "ScheduleError", "Step", "block_lengths", "partition"]
 
 MAGIC = 0x52465343
-ALGORITHM_CODES = {"none": 0, "ring": 1, "direct": 2}
 HEADER = struct.Struct("<9I")  # magic, chunks, segments, scratch_chunks, steps, algorithm, in_full, out_full, has_fallback
 STEP = struct.Struct("<BBBBiBBHHBBHHH")  # kind, final, spread, 0, peer, src (buffer, 0, chunk, segment), dst (the same), dependencies
 NO_BUFFER = 255
@@ -211,7 +211,7 @@ class Schedule:
                     self.segments,
                     self.scratch_chunks,
                     len(self.steps),
-                    ALGORITHM_CODES[self.algorithm],
+                    ALGORITHMS[self.algorithm],
                     in_full,
                     out_full,
                     self.fallback is not None,

@@ -60,7 +60,7 @@ class GPT(nn.Module):
         for _ in range(count):
             logits_V = self(torch.tensor([ids[-context:]]))[0, -1]
             ids.append(int(torch.multinomial(F.softmax(logits_V / 0.7, -1), 1, generator=generator)))
-        return bytes(ids).decode(errors="replace")
+        return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in bytes(ids).decode(errors="replace"))
 
 
 def read_rows(path: Path | None, context: int) -> list[TensorDataset]:

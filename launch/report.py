@@ -17,11 +17,12 @@ import json
 import os
 import signal
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from ringfold.collectives.codes import DTYPES, OPERATIONS
 from ringfold.collectives.page import Failure, OperationRecord, OperationState, Page
 
 SILENT_S = 5.0  # the heart beats several times a second, from a native thread
@@ -147,9 +148,9 @@ def failure_of(page: Page) -> Failure | None:
 
 def describe_operation(record: OperationRecord, at_ns: int) -> str:
     """Return `all_reduce #412 (float32 x 1048576), started 0.3 s before, waiting for rank 1`."""
-    what = f"{_name(OPERATION_NAMES, record.op)} #{record.seq}"
+    what = f"{_name(OPERATIONS, record.op)} #{record.seq}"
     if record.count:
-        what += f" ({_name(DTYPE_NAMES, record.dtype)} x {record.count})"
+        what += f" ({_name(DTYPES, record.dtype)} x {record.count})"
     if record.state == OperationState.DONE:
         what += f", done {_seconds(at_ns - record.end_ns)} before"
     elif record.start_ns:
@@ -246,13 +247,8 @@ def write_json(path: Path, document: dict[str, object]) -> None:
         partial.unlink(missing_ok=True)
 
 
-# The codes of collectives/ops.py, which imports torch; a test holds the two together.
-OPERATION_NAMES = ("all_reduce", "reduce_scatter", "all_gather", "broadcast", "barrier", "send", "recv")
-DTYPE_NAMES = ("float32", "float64", "float16", "bfloat16", "int32", "int64", "uint8", "int8", "int16", "bool")
-
-
-def _name(names: Sequence[str], code: int) -> str:
-    return names[code] if code < len(names) else f"code {code}"
+def _name(codes: Mapping[str, int], code: int) -> str:
+    return next((name for name, known in codes.items() if known == code), f"code {code}")
 
 
 def _how_it_failed(outcome: Outcome) -> str:

@@ -34,9 +34,7 @@ class Precision:
         if name in NOT_BUILT:
             raise PrecisionError(f"precision {name} is not built yet. Use {' or '.join(BUILT)}.")
         meant = nearest(name, (*BUILT, *NOT_BUILT))
-        raise PrecisionError(
-            f"unknown precision {name!r}, expected {' or '.join(BUILT)}" + (f"; did you mean {meant!r}?" if meant else ".")
-        )
+        raise PrecisionError(f"unknown precision {name!r}, expected {' or '.join(BUILT)}" + (f"; did you mean {meant!r}?" if meant else "."))
 
 
 BUILT = {"fp32": Precision("fp32", None), "fp64": Precision("fp64", torch.float64)}

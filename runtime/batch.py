@@ -35,16 +35,12 @@ class Batch:
         rows = row_count(batch)
         if isinstance(batch, Mapping):
             if "labels" not in batch:
-                raise ConfigError(
-                    f"batch: a mapping needs the key 'labels', this one has {', '.join(map(repr, batch))}. Or give (inputs, target)."
-                )
+                raise ConfigError(f"batch: a mapping needs the key 'labels', this one has {', '.join(map(repr, batch))}. Or give (inputs, target).")
             return cls({name: value for name, value in batch.items() if name != "labels"}, batch["labels"], rows)
         if isinstance(batch, tuple | list) and len(batch) == 2:
             return cls(batch[0], batch[1], rows)
         seen = f"{type(batch).__name__} of {len(batch)}" if isinstance(batch, tuple | list) else type(batch).__name__
-        raise ConfigError(
-            f"batch: expected a pair (inputs, target) or a mapping with labels, got a {seen}. Several inputs are a tuple of their own."
-        )
+        raise ConfigError(f"batch: expected a pair (inputs, target) or a mapping with labels, got a {seen}. Several inputs are a tuple of their own.")
 
     def to(self, device: torch.device, cast: torch.dtype | None) -> Batch:
         """Return the batch on a device, its floating tensors as `cast` if that is given."""

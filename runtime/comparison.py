@@ -81,7 +81,7 @@ class Report:
         return text.getvalue().rstrip()
 
     def __rich__(self) -> RenderableType:
-        title = f'layout "{self.layout}": losses, and greatest differences from one process of plain PyTorch'
+        title = f'layout "{self.layout}": losses, and greatest differences from plain PyTorch'
         table = Table(title=title, title_justify="left", box=None, pad_edge=False)
         for heading in ("step", "rows", "one process", "this layout", "norm", "gradients", "weights", ""):
             table.add_column(heading, justify="right", no_wrap=True)

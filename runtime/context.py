@@ -44,8 +44,7 @@ def init(layout: str | Layout | None = None) -> DeviceMesh:
     if _mesh is not None:
         if given is not None and given.resolve(_mesh.size) != _mesh.layout:
             raise ConfigError(
-                f'rf.init("{given}"): this process is already laid out as "{_mesh.layout}". '
-                "Call rf.shutdown() first, or leave the layout out."
+                f'rf.init("{given}"): this process is already laid out as "{_mesh.layout}". Call rf.shutdown() first, or leave the layout out.'
             )
         return _mesh
     chosen = _choose(given, job).resolve(job.world_size)

@@ -287,9 +287,7 @@ class Engine:
     def _backward(self, terms: tuple[Term, ...], weights: list[float]) -> None:
         roots = [(term.total, weight) for term, weight in zip(terms, weights, strict=False) if term.total.requires_grad and weight]
         if not any(term.total.requires_grad for term in terms):
-            raise ConfigError(
-                f"train step {self.step + 1}: the loss does not depend on any trainable parameter. Is it detached, or all frozen?"
-            )
+            raise ConfigError(f"train step {self.step + 1}: the loss does not depend on any trainable parameter. Is it detached, or all frozen?")
         if roots:
             torch.autograd.backward([total for total, _ in roots], [total.new_tensor(weight) for total, weight in roots])
 
@@ -306,9 +304,7 @@ class Engine:
     def _make_optimizer(self, factory: Callable[[list[nn.Parameter]], Optimizer]) -> Optimizer:
         optimizer = factory(list(self._parameters))
         if not isinstance(optimizer, Optimizer):
-            raise ConfigError(
-                f"optimizer: expected a function of the parameters that returns a torch Optimizer, got {type(optimizer).__name__}."
-            )
+            raise ConfigError(f"optimizer: expected a function of the parameters that returns a torch Optimizer, got {type(optimizer).__name__}.")
         if isinstance(optimizer, torch.optim.LBFGS):
             raise ConfigError("optimizer: LBFGS calls the model several times a step, which train_step does not do. Use another one.")
         known = set(map(id, self._parameters))
@@ -323,7 +319,5 @@ class Engine:
     def _make_scheduler(self, factory: Callable[[Optimizer], LRScheduler]) -> LRScheduler:
         scheduler = factory(self.optimizer)
         if isinstance(scheduler, ReduceLROnPlateau) or not isinstance(scheduler, LRScheduler):
-            raise ConfigError(
-                f"scheduler: {type(scheduler).__name__} is no LRScheduler that steps once a train step. Step it in your own loop."
-            )
+            raise ConfigError(f"scheduler: {type(scheduler).__name__} is no LRScheduler that steps once a train step. Step it in your own loop.")
         return scheduler

@@ -25,9 +25,7 @@ Metric = Callable[[Any, Any], Any]
 
 
 @torch.no_grad()
-def evaluate(
-    module: nn.Module, batches: Iterable[Batch], rule: LossRule, metrics: Mapping[str, Metric], comm: Communicator
-) -> dict[str, float]:
+def evaluate(module: nn.Module, batches: Iterable[Batch], rule: LossRule, metrics: Mapping[str, Metric], comm: Communicator) -> dict[str, float]:
     """Return "loss", each term of it by name if it has several, and each metric; the same on every rank.
 
     Raises: ConfigError on every rank if all batches together have no valid target.

@@ -92,9 +92,7 @@ class GlobalMean:
         mine = None if terms is None else signature_of(terms)
         found = {s for s in self._comm.all_gather_object(mine) if s is not None}
         if len(found) > 1:
-            raise ConfigError(
-                f"loss: ranks returned different terms: {' / '.join(sorted(map(describe, found)))}. They must be the same everywhere."
-            )
+            raise ConfigError(f"loss: ranks returned different terms: {' / '.join(sorted(map(describe, found)))}. They must be the same everywhere.")
         if not found:
             raise ConfigError(f"train step {self._step}: no rank has a row, so there is no loss. Skip empty global batches.")
         self._signature = found.pop()
@@ -191,9 +189,7 @@ def global_mean(total: Tensor, count: float | Tensor, comm: Communicator | None 
     sums = torch.tensor([float(total.detach()), float(count)], dtype=torch.float64)
     comm.all_reduce(sums)
     if not sums[1] > 0:
-        raise ConfigError(
-            f"global_mean: the counts of all {comm.size} ranks add up to {float(sums[1])}. Skip batches without a valid target."
-        )
+        raise ConfigError(f"global_mean: the counts of all {comm.size} ranks add up to {float(sums[1])}. Skip batches without a valid target.")
     mean = (sums[0] / sums[1]).to(total)
     return mean + (total - total.detach()) * (comm.size / float(sums[1]))
 

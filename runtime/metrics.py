@@ -107,7 +107,7 @@ class Metrics:
         """Show and log values that belong to no train step, such as a validation loss; the time they took counts for none."""
         if not self._is_active:
             return
-        self._flush()
+        self._flush(is_shown_now=True)
         self._write([{"time": time.time(), "step": step, **values}])
         if self._display is not None:
             named = "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in values.items())
@@ -117,12 +117,12 @@ class Metrics:
     def print(self, text: str) -> None:
         """Print text once for all ranks, above the live line."""
         if self._display is not None:
-            self._flush()
+            self._flush(is_shown_now=True)
             self._display.say(text)
 
     def close(self) -> None:
         """Show and write what is still pending; closing twice is allowed."""
-        self._flush(is_last=True)
+        self._flush(is_shown_now=True)
         if self._display is not None:
             self._display.close()
         if self._file is not None:
@@ -139,13 +139,13 @@ class Metrics:
         self._time = time.perf_counter()
         self._waited = sum(communicator.seconds_waited for communicator in self._communicators)
 
-    def _flush(self, is_last: bool = False) -> None:
+    def _flush(self, is_shown_now: bool = False) -> None:
         steps, self._pending = self._pending, []
         self._flushed = time.perf_counter()
         if steps:
             self._write([_record(step) for step in steps])
         if self._display is not None:
-            self._display.show(steps, is_last)
+            self._display.show(steps, is_shown_now)
 
     def _write(self, records: list[dict[str, Any]]) -> None:
         if self._file is not None:
@@ -170,7 +170,7 @@ class _Display:
         self._shown = -math.inf
         self._done, self._seconds = 0, 0.0
 
-    def show(self, steps: list[_Step], is_last: bool) -> None:
+    def show(self, steps: list[_Step], is_shown_now: bool) -> None:
         """Take in what has happened, and say it if it is time."""
         self._unshown += steps
         # The first step of a run allocates and warms up; it would spoil the estimate of the time left.
@@ -178,7 +178,7 @@ class _Display:
         self._done += len(steps)
         self._seconds += sum(step.seconds for step in counted)
         now = time.perf_counter()
-        if not self._unshown or not (is_last or self._progress or now - self._shown >= _LINE_EVERY_S):
+        if not self._unshown or not (is_shown_now or self._progress or now - self._shown >= _LINE_EVERY_S):
             return
         text = self._text()
         if self._progress is not None:

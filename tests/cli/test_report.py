@@ -167,9 +167,3 @@ def test_the_document_is_json_and_replaces_the_file_at_once(tmp_path: Path) -> N
     assert read["ranks"][0]["operation"]["waiting_for"] == 1
     assert "waiting for rank 1" in read["ranks"][0]["operation"]["text"]
     assert [entry.name for entry in tmp_path.iterdir()] == ["report.json"]
-
-
-def test_the_names_of_the_codes_are_those_of_the_collectives() -> None:
-    ops = pytest.importorskip("ringfold.collectives.ops")
-    assert [ops.OPERATIONS[name] for name in report.OPERATION_NAMES] == list(range(len(ops.OPERATIONS)))
-    assert {code: str(dtype).removeprefix("torch.") for dtype, code in ops.DTYPES.items()} == dict(enumerate(report.DTYPE_NAMES))

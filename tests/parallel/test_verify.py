@@ -58,7 +58,7 @@ def without_norm() -> nn.Module:
 def test_a_right_layout_passes_with_a_table() -> None:
     report = verify(Model, BATCH, F.cross_entropy, "dp3 micro1")
     assert report.ok, str(report)
-    assert 'layout "dp3 fp64" : losses' in str(report)
+    assert 'layout "dp3 fp64": losses' in str(report)
     assert "every number of 6 parameters agrees" in str(report)
     assert [row.rows for row in report.table] == [8, 2, 7]
     assert max(row.gradient for row in report.table) < 1e-12
