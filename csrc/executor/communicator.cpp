@@ -107,10 +107,10 @@ std::shared_ptr<Operation> Communicator::Issue(Request request, int peer) {
   fingerprint.shape = ShapeDigest(request.offsets);
   fingerprint.count = request.count;
   auto operation = std::make_shared<Operation>(std::move(request), fingerprint, rank_, size());
-  operation->record = context_->OpenRecord(*this, *operation);
+  operation->record = context_->recorder().Open(id_, *operation);
   if (!error_.ok()) operation->Fail(error_);
   if (operation->finished()) {
-    context_->CloseRecord(*operation);
+    context_->recorder().Close(*operation);
     return operation;
   }
   queue->waiting.push_back(operation);
@@ -127,7 +127,7 @@ std::vector<Communicator::OperationQueue*> Communicator::Queues() {
 }
 
 void Communicator::Finish(OperationQueue* queue, Operation* operation) {
-  context_->CloseRecord(*operation);
+  context_->recorder().Close(*operation);
   --in_flight_;
   if (queue != &collectives_) --messages_in_flight_;
   queue->waiting.pop_front();
@@ -137,7 +137,7 @@ bool Communicator::Turn(OperationQueue* queue) {
   bool moved = false;
   while (!queue->waiting.empty()) {
     Operation* operation = queue->waiting.front().get();
-    context_->StartRecord(*operation);
+    context_->recorder().Start(*operation);
     moved = operation->Advance(this) || moved;
     if (operation->broken_peer() >= 0) {
       Broken(*operation);
@@ -225,7 +225,7 @@ void Communicator::Check(uint64_t now) {
     if (queue->waiting.empty()) continue;
     const Operation& operation = *queue->waiting.front();
     const int peer = operation.WaitingFor();
-    context_->NoteStanding(operation, peer < 0 ? -1 : WorldRank(peer));
+    context_->recorder().Note(operation, peer < 0 ? -1 : WorldRank(peer));
     if (peer >= 0 && context_->HasLeft(WorldRank(peer)) && !channels_[static_cast<size_t>(peer)].sockets[kCollectiveLane].valid()) {
       // Its farewell came after everything it sent; nothing moved, so nothing more will come.
       if (Turn(queue)) continue;

@@ -32,10 +32,11 @@ Context::Context(int rank, int size, std::string label, int page_fd, uint64_t sp
       spin_ns_(spin_ns),
       pool_(pool),
       page_mapping_(Mapping::Attach(Descriptor(page_fd), sizeof(Page))),
+      page_(reinterpret_cast<Page*>(page_mapping_.data())),
+      recorder_(page_),
       epoll_(epoll_create1(EPOLL_CLOEXEC)),
       doorbell_(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)),
       peers_(static_cast<size_t>(size)) {
-  page_ = reinterpret_cast<Page*>(page_mapping_.data());
   peers_[static_cast<size_t>(rank)].label = std::move(label);
   if (page_ == nullptr || !epoll_.valid() || !doorbell_.valid()) {
     error_ = SystemError("cannot map the rank's page or make its doorbell");
@@ -390,69 +391,19 @@ char* Context::MapRegion(int world_rank, uint64_t region, uint64_t offset) {
   return found->second.data() + offset;
 }
 
-uint64_t Context::OpenRecord(const Communicator& communicator, const Operation& operation) {
-  const uint64_t index = page_->next_operation.load(std::memory_order_relaxed);
-  OperationRecord& record = page_->Record(index);
-  const Fingerprint& f = operation.fingerprint();
-  record.sequence = f.sequence;
-  record.communicator = communicator.id();
-  record.operation = static_cast<uint8_t>(operation.request().op);
-  record.dtype = f.dtype;
-  record.reduction = f.reduction;
-  record.count = f.count;
-  record.start_ns = operation.issued_ns();
-  record.end_ns = 0;
-  record.waiting_for = -1;
-  record.step = 0;
-  record.steps = static_cast<uint16_t>(std::min<size_t>(operation.steps(), 65535));
-  record.nbytes = operation.nbytes();
-  record.algorithm = f.algorithm;
-  record.state.store(static_cast<uint8_t>(RecordState::kIssued), std::memory_order_release);
-  page_->next_operation.store(index + 1, std::memory_order_release);
-  return index;
-}
-
-void Context::StartRecord(const Operation& operation) {
-  page_->Record(operation.record).state.store(static_cast<uint8_t>(RecordState::kStarted), std::memory_order_relaxed);
-}
-
-void Context::CloseRecord(const Operation& operation) {
-  OperationRecord& record = page_->Record(operation.record);
-  record.end_ns = NowNs();
-  record.step = static_cast<uint16_t>(std::min<size_t>(operation.steps_done(), 65535));
-  record.state.store(static_cast<uint8_t>(operation.error().ok() ? RecordState::kDone : RecordState::kFailed), std::memory_order_release);
-}
-
-void Context::NoteStanding(const Operation& operation, int waiting_for) {
-  OperationRecord& record = page_->Record(operation.record);
-  record.step = static_cast<uint16_t>(std::min<size_t>(operation.steps_done(), 65535));
-  record.waiting_for = waiting_for;
-}
-
-const OperationRecord* Context::LastRecord(int world_rank) const {
-  const Peer& peer = peers_[static_cast<size_t>(world_rank)];
-  if (!peer.page.valid()) return nullptr;
-  Page* page = reinterpret_cast<Page*>(peer.page.data());
-  const uint64_t next = page->next_operation.load(std::memory_order_acquire);
-  return next == 0 ? nullptr : &page->Record(next - 1);
-}
-
 std::string Context::LastOperation(int world_rank) const {
-  if (!peers_[static_cast<size_t>(world_rank)].page.valid()) return "";
-  const OperationRecord* last = LastRecord(world_rank);
-  if (last == nullptr) return ", which has issued no operation yet";
-  const auto state = static_cast<RecordState>(last->state.load());
-  return std::string(", whose last operation was ") + OpName(last->operation) + " #" + std::to_string(last->sequence) +
-         (state == RecordState::kDone ? " (done)" : state == RecordState::kFailed ? " (failed)" : " (under way)");
+  Page* page = PageOf(world_rank);
+  if (page == nullptr) return "";
+  const OperationRecord* last = Recorder::Last(page);
+  return last == nullptr ? ", which has issued no operation yet" : ", whose last operation was " + Recorder::Describe(*last);
 }
 
 std::string Context::Chain(int world_rank, int* end) const {
   std::string text = Label(world_rank);
   *end = world_rank;
-  for (size_t hops = 0; hops < peers_.size(); ++hops) {
-    const OperationRecord* last = LastRecord(*end);
-    const bool waits = last != nullptr && static_cast<RecordState>(last->state.load()) != RecordState::kDone;
-    const int next = waits ? last->waiting_for : -1;
+  for (size_t hops = 0; hops < peers_.size() && PageOf(*end) != nullptr; ++hops) {
+    const OperationRecord* last = Recorder::Last(PageOf(*end));
+    const int next = last == nullptr ? -1 : Recorder::WaitingFor(*last);
     if (next < 0 || next == rank_ || next >= static_cast<int>(peers_.size())) break;
     *end = next;
     text += ", which waits for " + Label(next);

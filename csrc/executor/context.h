@@ -20,6 +20,7 @@
 #include "executor/communicator.h"
 #include "executor/operation.h"
 #include "executor/page.h"
+#include "executor/recorder.h"
 #include "memory/mapping.h"
 #include "memory/pool.h"
 #include "transport/link.h"
@@ -61,11 +62,7 @@ class Context {
   int rank() const { return rank_; }
 
   // For communicators, under the mutex.
-  uint64_t OpenRecord(const Communicator& communicator, const Operation& operation);
-  void StartRecord(const Operation& operation);
-  void CloseRecord(const Operation& operation);
-  // Writes how far an operation is and which world rank it waits for (-1: none), where peers and the launcher can see it.
-  void NoteStanding(const Operation& operation, int waiting_for);
+  Recorder& recorder() { return recorder_; }
   const std::string& Label(int world_rank) const { return peers_[static_cast<size_t>(world_rank)].label; }
   std::string LastOperation(int world_rank) const;
   // Follows who waits for whom, from `world_rank` on, to a rank that waits for nobody: "rank 1 (...), which waits for rank 2 (...), whose last ...".
@@ -90,7 +87,7 @@ class Context {
     std::set<uint64_t> announced;           // regions of ours that it has
   };
 
-  const OperationRecord* LastRecord(int world_rank) const;
+  Page* PageOf(int world_rank) const { return reinterpret_cast<Page*>(peers_[static_cast<size_t>(world_rank)].page.data()); }
   bool Progress();
   bool Busy() const;
   void CheckDeadlines(uint64_t now);
@@ -110,6 +107,7 @@ class Context {
   Pool* const pool_;
   Mapping page_mapping_;
   Page* page_;
+  Recorder recorder_;
   Descriptor epoll_;
   Descriptor doorbell_;
 

@@ -70,8 +70,6 @@ def compare(world, case: str, mean: float, rows: list[int], dtype: torch.dtype, 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("size", [1, 3])
 def test_it_equals_plain_batch_norm_over_all_rows(size: int, case: str) -> None:
-    if size == 1 and case.startswith("torch's"):
-        pytest.skip("torch's SyncBatchNorm alone is torch's")
     # A hundred roundings of float64, times the factor by which 1 / std magnifies them.
     run_ranks(size, compare, case, 0.5, ROWS[size], F64, 1e-12)
 

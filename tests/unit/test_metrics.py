@@ -110,8 +110,8 @@ def test_a_report_and_a_print_stand_on_lines_of_their_own() -> None:
         metrics.report(300, validation_loss=1.81234, accuracy=0.5)
         metrics.print("[bold] def f(x): :smile:")
     lines = out.getvalue().splitlines()
-    assert "step 300  validation loss 1.812  accuracy 0.5" in lines[1]
-    assert lines[2] == "[bold] def f(x): :smile:"
+    assert "step 300  validation loss 1.812  accuracy 0.5" in lines[2]
+    assert lines[3] == "[bold] def f(x): :smile:"
 
 
 def test_a_terminal_gets_one_live_line_and_keeps_the_last() -> None:
