@@ -48,11 +48,9 @@ class Cost:
     seconds: float
 
 
-# Two cores of an Intel Xeon at 2.5 GHz. A staged byte is copied twice, in by the sender and out by the receiver, a registered one
-# once, at 8 GB/s each; folding reads two operands at 10 GB/s of each.
-SHM = Link("shm", alpha_s=1e-6, beta_s_per_byte=2 / 8e9, gamma_s_per_byte=1 / 10e9, access_s_per_byte=1 / 8e9, crowding=0.0)
-
-# The same machine over loopback: both ends of a connection pay for the kernel's copies.
-TCP = Link("tcp", alpha_s=15e-6, beta_s_per_byte=1 / 2e9, gamma_s_per_byte=1 / 10e9, access_s_per_byte=float("inf"), crowding=0.05)
+# Measured on two cores of an Intel Xeon at 2.5 GHz, 2 ranks, float32 all_reduce, medians: 4 B in 2.1 us over shared memory and 6.9 us over
+# loopback give alpha (and a microsecond of Python); 64 MiB in 4.5 ms registered, 13 ms staged and 28 ms over loopback give the rates.
+SHM = Link("shm", alpha_s=1e-6, beta_s_per_byte=1 / 6e9, gamma_s_per_byte=1 / 20e9, access_s_per_byte=1 / 12e9, crowding=0.0)
+TCP = Link("tcp", alpha_s=6e-6, beta_s_per_byte=1 / 2.5e9, gamma_s_per_byte=1 / 20e9, access_s_per_byte=float("inf"), crowding=0.05)
 
 LINKS = {link.name: link for link in (SHM, TCP)}

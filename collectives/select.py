@@ -22,7 +22,7 @@ __all__ = ["Candidate", "Choice", "choose"]
 # Segments are the unit of pipelining, and of how long one step can keep a core: large enough that a frame's overhead is a few
 # percent, small enough that what was just received is still in the second-level cache when it is folded and sent on.
 SEGMENT_NBYTES = 256 * 1024
-MAX_SEGMENTS = 32
+MAX_SEGMENTS = 128
 
 MIN_CLASS_NBYTES = 64
 

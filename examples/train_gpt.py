@@ -95,7 +95,7 @@ def main(args: argparse.Namespace) -> None:
     batches = engine.shard(train, batch_size=args.batch_size, shuffle=True)
     if args.resume:
         engine.resume(args.out)
-    with Metrics(mesh, total_steps=args.steps, log_dir=os.environ.get("RINGFOLD_LOG_DIR", args.out)) as metrics:
+    with Metrics(mesh, waiting=engine, total_steps=args.steps, log_dir=os.environ.get("RINGFOLD_LOG_DIR", args.out)) as metrics:
         for batch in itertools.islice(itertools.chain.from_iterable(itertools.repeat(batches)), max(0, args.steps - engine.step)):
             metrics.step(engine.step + 1, loss=engine.train_step(batch), tokens=engine.count)
             if engine.step % 100 == 0 or engine.step == args.steps:

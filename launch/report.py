@@ -26,6 +26,7 @@ from ringfold.collectives.codes import DTYPES, OPERATIONS
 from ringfold.collectives.page import Failure, OperationRecord, OperationState, Page
 
 SILENT_S = 5.0  # the heart beats several times a second, from a native thread
+BAD_INPUT = 2  # the exit code of a RingfoldError that nothing but another input can mend
 _SECOND_NS = 1_000_000_000
 
 
@@ -161,8 +162,12 @@ def describe_operation(record: OperationRecord, at_ns: int) -> str:
 
 
 def block(verdict: Verdict, outcomes: Sequence[Outcome], duration_s: float, columns: int = 100) -> str:
-    """Return the verdict for people: one block of text."""
+    """Return the verdict for people: one block of text, or for bad input that a rank has found the error alone."""
     culprit = verdict.culprit
+    if culprit.failure and culprit.returncode == BAD_INPUT:
+        same = [o.rank for o in outcomes if o.failure and o.failure.message == culprit.failure.message]
+        whose = "" if len(same) == len(outcomes) else f"\n  on rank{'s' * (len(same) > 1)} {', '.join(map(str, same))} of {len(outcomes)}"
+        return f"Error: {culprit.failure.message}{whose}"
     rule = "─" * min(columns, 100)
     lines = [
         rule,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import os
 import sys
 import threading
 from types import TracebackType
@@ -115,6 +116,13 @@ def _see_to_the_end() -> None:
     sys.excepthook = write_and_report
     threading.excepthook = write_and_report_thread
     atexit.register(shutdown)
+    os.register_at_fork(after_in_child=_forget)
+
+
+def _forget() -> None:
+    """In a forked child (a DataLoader's worker): the mesh, and the page that tells of failures, are the parent's."""
+    global _mesh
+    _mesh = None
 
 
 def _write_failure(error: BaseException) -> None:

@@ -47,7 +47,7 @@ class GlobalMean:
         self._comm = comm
         self._signature = rule.signature
         self._guess = 1.0  # a power of two, the same on all ranks, so that dividing by it loses nothing
-        self._ahead = comm.empty(1, dtype=torch.float64)
+        self._ahead = comm.empty(1, dtype=torch.float64).zero_()
         self._sums = torch.empty(0, dtype=torch.float64)
         self._ahead_work: Work | None = None
         self._sums_work: Work | None = None

@@ -188,6 +188,7 @@ void Communicator::Broken(const Operation& operation) {
     return;
   }
   if (!operation.mismatched()) {
+    context_->PumpLinks();  // whose death, or farewell, came first?
     context_->Lost(culprit);
     return;
   }

@@ -68,6 +68,8 @@ class Context {
   // Follows who waits for whom, from `world_rank` on, to a rank that waits for nobody: "rank 1 (...), which waits for rank 2 (...), whose last ...".
   std::string Chain(int world_rank, int* end) const;
   bool HasLeft(int world_rank) const { return peers_[static_cast<size_t>(world_rank)].left; }
+  // Reads what the peers have said on their links: descriptors, aborts, farewells, deaths.
+  void PumpLinks();
   void Lost(int world_rank);
   void Abort(Communicator& communicator, const Error& error);
   bool Announce(int world_rank, const char* data, size_t nbytes, uint64_t* region, uint64_t* offset);
@@ -91,7 +93,6 @@ class Context {
   bool Progress();
   bool Busy() const;
   void CheckDeadlines(uint64_t now);
-  void PumpLinks();
   void Take(int world_rank, LinkMessage message);
   void FailAll(const Error& error);
   // Sleeps until something may have happened; the mutex is given up meanwhile. Does not sleep if a last look finds progress.

@@ -6,8 +6,10 @@ own between communicators (inside one the order is the same for all, as a commun
 
 from __future__ import annotations
 
+import os
 import random
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -130,6 +132,28 @@ def check_nobody_waits(world: Any) -> None:
 @pytest.mark.parametrize("transport", ["shm", "tcp"])
 def test_work_progresses_while_nobody_waits(transport: str) -> None:
     run_ranks(2, check_nobody_waits, transport=transport)
+
+
+def slow_rounds(world: Any, windows: int) -> list[float]:
+    """Return, for each window of 100 rounds, the seconds that its tenth slowest round took."""
+    tensor, result = torch.zeros(3), []
+    for _ in range(windows):
+        seconds = []
+        for _ in range(100):
+            start = time.perf_counter()
+            for work in reversed([world.all_reduce(tensor, async_op=True) for _ in range(3)]):
+                work.wait()
+            seconds.append(time.perf_counter() - start)
+        result.append(sorted(seconds)[-10])
+    return result
+
+
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
+def test_a_waiter_is_woken_by_its_peer_and_not_by_a_timer(transport: str) -> None:
+    """More ranks than cores sleep while they wait; a lost wake-up costs a whole timer period (50 ms) and not a time slice."""
+    ranks = max(4, len(os.sched_getaffinity(0)) + 2)
+    for windows in run_ranks(ranks, slow_rounds, 3, transport=transport):
+        assert min(windows) < 0.025, f"one round in ten takes {min(windows) * 1000:.0f} ms"
 
 
 def check_dropped_handles(world: Any) -> None:

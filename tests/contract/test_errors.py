@@ -119,7 +119,8 @@ def test_a_timeout_names_who_is_missing_and_its_last_operation(transport: str) -
         if outcome.rank != 1:
             assert "all_gather" in outcome.value
             assert "1.0 s" in outcome.value or "1 s" in outcome.value
-            assert "all_reduce" in outcome.value, f"the last operation of rank 1 is missing: {outcome.value}"
+            if transport == "shm":  # read from its shared page, which another host does not have
+                assert "all_reduce" in outcome.value, f"the last operation of rank 1 is missing: {outcome.value}"
     assert any("rank 1" in outcome.value for outcome in outcomes)
 
 
@@ -253,6 +254,16 @@ def test_closing_a_world_ends_its_waiters(transport: str) -> None:
     assert first.returned, str(first)
     assert second.kind == "PeerLost", str(second)
     assert "rank 0" in second.message
+
+
+def do_nothing(world: Any) -> int:
+    return int(world.size)
+
+
+@every_transport
+def test_ranks_that_leave_at_once_do_not_break_the_start_of_slower_ones(transport: str) -> None:
+    for _ in range(10):
+        assert run_ranks(6, do_nothing, transport=transport) == [6] * 6
 
 
 def raise_an_error(world: Any) -> None:

@@ -20,6 +20,7 @@ import socket
 import subprocess
 import sys
 import threading
+import weakref
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -155,4 +156,6 @@ def main(control_fd: int) -> None:
     for name in PRELOAD:
         with suppress(Exception):  # what cannot be imported fails in the test that needs it
             importlib.import_module(name)
+    for finalizer in list(weakref.finalize._registry):
+        finalizer.atexit = False  # torch's cost each rank 50 ms at its end, and are about state that ends with the process anyway
     serve(control)

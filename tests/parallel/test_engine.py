@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from ringfold.collectives.communicator import Communicator
 from ringfold.collectives.errors import ConfigError
 from ringfold.parallel.layout import Layout
 from ringfold.parallel.mesh import DeviceMesh
+from ringfold.runtime import gradients
 from ringfold.runtime.engine import Engine
 from ringfold.runtime.rows import row_range, take_rows
 from torch import Tensor, nn
@@ -182,6 +185,62 @@ def test_all_ranks_hold_the_same_bits() -> None:
     for found in results[1:]:
         assert found["losses"] == results[0]["losses"]
         assert all(torch.equal(weight, results[0]["weights"][name]) for name, weight in found["weights"].items())
+
+
+def train_in_two_halves(world: Communicator, folder: Path, first: bool) -> dict[str, Any]:
+    half = len(ROWS) // 2
+    engine = make_engine(
+        world,
+        "micro2",
+        loss=valid_pair,
+        scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step)),
+        clip_norm=CLIP_NORM,
+    )
+    if not first:
+        assert engine.resume(folder) == engine.step == half
+    losses, norms, grads = [], [], []
+    for batch in itertools.islice(engine.shard(global_batches()), half):
+        losses.append(engine.train_step(batch))
+        norms.append(engine.grad_norm)
+        grads.append({name: engine.grad(name) for name, _ in engine.module.named_parameters()})
+    if first:
+        engine.save(folder / f"step-{engine.step}")
+    return {"losses": losses, "norms": norms, "grads": grads, "weights": engine.module.state_dict()}
+
+
+def test_a_checkpoint_goes_on_at_another_width_where_it_stopped(tmp_path: Path) -> None:
+    expected = plain_training(valid_pair)
+    half = len(ROWS) // 2
+    for found in run_ranks(2, train_in_two_halves, tmp_path, True):
+        assert found["losses"] == pytest.approx(expected["losses"][:half], rel=CLOSE)
+    for found in run_ranks(3, train_in_two_halves, tmp_path, False):
+        assert_same_numbers(found, {key: value[half:] if isinstance(value, list) else value for key, value in expected.items()})
+
+
+def count_passes(world: Communicator) -> list[int]:
+    """Train on 1, 4, 4 and 3 rows of one valid token each; return how often the gradients were written again after the sum."""
+    passes = 0
+    real = gradients.scale
+
+    def counted(*arguments: Any) -> None:
+        nonlocal passes
+        passes += 1
+        real(*arguments)
+
+    gradients.scale = counted
+    engine = make_engine(world, loss=valid_pair, clip_norm=1e6)
+    found = []
+    for rows in (1, 4, 4, 3):
+        tokens = torch.ones(rows, POSITIONS, dtype=torch.int64)
+        target = torch.full_like(tokens, -100)
+        target[:, 0] = 2
+        engine.train_step(mine((tokens, target), world.rank, world.size))
+        found.append(passes)
+    return found
+
+
+def test_gradients_are_scaled_only_where_the_count_is_new_and_no_power_of_two() -> None:
+    assert run_ranks(2, count_passes) == [[0, 1, 1, 2]] * 2
 
 
 def mean_of_valid(output: Tensor, target: Tensor) -> Tensor:

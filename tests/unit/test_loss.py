@@ -98,6 +98,7 @@ def by_torch(loss: Callable[..., Any], output: Any, target: Any) -> float:
     return sum(float(part[0]) / float(part[1]) if isinstance(part, tuple) else float(part) for part in parts)
 
 
+@pytest.mark.filterwarnings("ignore:reduction. 'mean' divides:UserWarning")  # of kl_div, which is right
 @pytest.mark.parametrize("split", SPLITS, ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_pieces_of_a_batch_add_up_to_torchs_own_mean(case: str, split: list[int]) -> None:

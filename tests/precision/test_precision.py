@@ -1,0 +1,25 @@
+"""Precision: the names of a layout that run, and one clear error for each that does not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ringfold.collectives.errors import PrecisionError
+from ringfold.mixed_precision.precision import Precision
+from ringfold.parallel.layout import PRECISIONS
+
+
+def test_fp32_leaves_dtypes_alone_and_fp64_makes_them_float64() -> None:
+    assert Precision.named("fp32").cast is None
+    assert Precision.named("fp64").cast is torch.float64
+
+
+def test_every_precision_of_a_layout_is_built_or_refused_by_name() -> None:
+    for name in set(PRECISIONS) - {"fp32", "fp64"}:
+        with pytest.raises(PrecisionError, match=f"precision {name} is not built yet. Use fp32 or fp64."):
+            Precision.named(name)
+
+
+def test_a_misspelt_precision_gets_the_nearest_name() -> None:
+    with pytest.raises(PrecisionError, match=r"unknown precision 'fp46'.*did you mean 'fp"):
+        Precision.named("fp46")
