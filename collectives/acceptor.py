@@ -112,7 +112,7 @@ class Acceptor:
                         self._accept(key.fileobj)
                     elif guest := self._guests.get(key.fileobj):
                         self._handle(guest, events)
-                        self._resume_woken()
+                    self._resume_woken()  # also after an accept: a guest whose words came with its call may have woken others
             self._expire()
 
     def _resume_woken(self) -> None:

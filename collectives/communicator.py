@@ -24,7 +24,7 @@ from ringfold.collectives.algorithms import build
 from ringfold.collectives.codes import DTYPES as DTYPE_CODES
 from ringfold.collectives.codes import OPERATIONS, REDUCTIONS
 from ringfold.collectives.environment import Job
-from ringfold.collectives.errors import ConfigError, nearest
+from ringfold.collectives.errors import CommunicationError, ConfigError, nearest
 from ringfold.collectives.page import Page
 from ringfold.collectives.session import Session
 from ringfold.collectives.work import Work
@@ -298,6 +298,10 @@ class Communicator:
             raise ConfigError(f"{op} on rank {self.rank} of axis {self.name} cannot take this tensor:\n  " + "\n  ".join(problems))
         return tensor.data_ptr()
 
+    def _require_open(self, op: str) -> None:
+        if self._closed or self.session.closed:
+            raise CommunicationError(f"{op} on rank {self.rank} of axis {self.name}: the communicator is closed; rf.init() joins the job again")
+
     def _same_dtype(self, op: str, input: torch.Tensor, output: torch.Tensor) -> None:
         if input.dtype is not output.dtype:
             raise ConfigError(f"{op} on rank {self.rank} of axis {self.name}: input is {input.dtype} but output is {output.dtype}")
@@ -352,6 +356,7 @@ class Communicator:
             raise ConfigError(
                 f"{op}: unknown op={reduction!r}; expected one of {', '.join(REDUCTIONS)}" + (f". Did you mean {meant!r}?" if meant else "")
             )
+        self._require_open(op)
         if self._handle is None:
             return self._alone(tensors, async_op)
         key = (op, dtype, count, root, algorithm)
@@ -377,6 +382,7 @@ class Communicator:
         if peer == self.rank:
             raise ConfigError(f"{op} on rank {self.rank} of axis {self.name}: a rank cannot message itself")
         address = self._address(tensor, op)
+        self._require_open(op)
         handle = core.message(self._handle, op == "send", peer, DTYPES[tensor.dtype], tensor.numel(), address, self.timeout_s)
         work = self._keep(Work(handle, (tensor,)))
         if async_op:

@@ -13,7 +13,7 @@ import weakref
 from ringfold.collectives import rendezvous
 from ringfold.collectives._native import check, core, pool
 from ringfold.collectives.environment import Job
-from ringfold.collectives.page import Page
+from ringfold.collectives.page import Page, State
 
 __all__ = ["Session"]
 
@@ -41,7 +41,7 @@ class Session:
         for peer, link in membership.links.items():
             core.add_peer(self.context, peer, link.detach(), self.near[peer], membership.describe(peer))
         check(core.start(self.context, self.job.timeout_s))
-        self._closed = False
+        self.closed = False
         _alive.add(self)
 
     @classmethod
@@ -64,18 +64,24 @@ class Session:
         """Tell the launcher how far this rank is: `step` train steps are complete."""
         core.note_step(self.context, step)
 
+    @property
+    def seconds_waited(self) -> float:
+        """Seconds that this process has spent blocked in operations, of all communicators."""
+        seconds: float = core.waited_seconds_in_all(self.context)
+        return seconds
+
     def close(self) -> None:
-        """Say farewell to the peers and end every thread, socket and mapping; may be called again."""
-        if self._closed:
+        """Say farewell to the peers (unless this rank has failed) and end every thread, socket and mapping; may be called again."""
+        if self.closed:
             return
-        self._closed = True
+        self.closed = True
         _alive.discard(self)
-        core.close_context(self.context)
+        core.close_context(self.context, self.page.read().state is not State.FAILED)
         self.membership.close()
         self.page.close()
 
     def _forget_in_child(self) -> None:
-        self._closed = True
+        self.closed = True
         core.forked(self.context)
         self.membership.close_descriptors()
 

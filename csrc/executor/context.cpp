@@ -71,7 +71,7 @@ Error Context::Start(uint64_t timeout_ns) {
   for (Peer& peer : peers_) {
     if (peer.link == nullptr || !peer.near) continue;
     const Error error = peer.link->Send(LinkType::kHello, sizeof(Page), 0, 0, "", {page_mapping_.fd(), doorbell_.get()}, deadline);
-    if (!error.ok()) return error;
+    if (!error.ok()) return {error.code, -1, peer.label + ": " + error.text};
   }
   Beat(NowNs());
   page_->state.store(static_cast<uint32_t>(RankState::kRunning));
@@ -96,10 +96,11 @@ Error Context::Open(Communicator* communicator, size_t ring_nbytes, uint64_t tim
     Error error = communicator->CreateArena(ring_nbytes);
     for (const int member : members) {
       Peer& peer = peers_[static_cast<size_t>(member)];
-      if (error.ok() && peer.near) {
-        const Mapping& arena = communicator->arena();
-        error = peer.link->Send(LinkType::kArena, communicator->id(), arena.size(), 0, "", {arena.fd()}, deadline);
-      }
+      if (!error.ok() || !peer.near) continue;
+      if (peer.link == nullptr) return {ErrorCode::kPeerLost, member, peer.label + " has gone before axis " + communicator->name() + " was open"};
+      const Mapping& arena = communicator->arena();
+      error = peer.link->Send(LinkType::kArena, communicator->id(), arena.size(), 0, "", {arena.fd()}, deadline);
+      if (!error.ok()) return {error.code, member, peer.label + ": " + error.text};
     }
     if (!error.ok()) return error;
   }
@@ -115,9 +116,9 @@ Error Context::Open(Communicator* communicator, size_t ring_nbytes, uint64_t tim
         communicator->AttachArena(static_cast<int>(i), std::move(arena->second), Bell(&page->sleeping, peer.doorbell.get()));
         peer.arenas.erase(arena);
       }
-      if (members[i] != rank_ && communicator->SenderTo(static_cast<int>(i), kMessageLane) == nullptr)
-        missing += (missing.empty() ? "" : ", ") + peer.label;
-      if (peer.left && !missing.empty()) return {ErrorCode::kPeerLost, members[i], peer.label + " left before axis " + communicator->name() + " was open"};
+      if (members[i] == rank_ || communicator->SenderTo(static_cast<int>(i), kMessageLane) != nullptr) continue;
+      missing += (missing.empty() ? "" : ", ") + peer.label;
+      if (peer.left) return {ErrorCode::kPeerLost, members[i], peer.label + " left before axis " + communicator->name() + " was open"};
     }
     if (missing.empty()) return {};
     if (NowNs() >= deadline)
@@ -156,6 +157,8 @@ bool Context::Progress() {
   bool moved = false;
   // By index: an operation that fails never removes a communicator, but user code may add one while the mutex is free.
   for (size_t i = 0; i < communicators_.size(); ++i) moved = communicators_[i]->Progress() || moved;
+  // One event wakes one sleeper. Whoever took it tells an inline waiter that sleeps on: perhaps it is his operation that is finished.
+  if (moved && inline_sleepers_ > 0) RingOwnDoorbell();
   return moved;
 }
 
@@ -204,36 +207,34 @@ bool Context::Wait(const Operation& operation, uint64_t until_ns) {
       lock.lock();
       continue;
     }
-    Sleep(&lock, until_ns);
+    Sleep(&lock, until_ns, &inline_sleepers_);
   }
   --inline_waiters_;
   if (inline_waiters_ == 0 && Busy()) WakeThread();
   return operation.finished();
 }
 
-void Context::Sleep(std::unique_lock<std::mutex>* lock, uint64_t until_ns) {
+void Context::Sleep(std::unique_lock<std::mutex>* lock, uint64_t until_ns, int* sleepers) {
   page_->sleeping.store(1);
   std::atomic_thread_fence(std::memory_order_seq_cst);
-  if (Progress()) {
-    page_->sleeping.store(0);
-    return;
-  }
+  if (Progress()) return;  // awake; at worst the bell rings once for nothing
   const uint64_t now = NowNs();
   // Two inline sleepers cannot both be woken by one event, so then neither sleeps long.
   const uint64_t longest = inline_waiters_ > 1 ? kMillisecond : 50 * kMillisecond;
   const uint64_t ns = std::min(longest, until_ns > now ? until_ns - now : 0);
+  ++*sleepers;
   ReadEvents(static_cast<int>(ns / kMillisecond) + 1, lock);
-  page_->sleeping.store(0);
+  --*sleepers;
+  page_->sleeping.store(inline_sleepers_ + thread_sleepers_ > 0 ? 1 : 0);
+  std::atomic_thread_fence(std::memory_order_seq_cst);
   CheckDeadlines(NowNs());
 }
 
 void Context::ReadEvents(int timeout_ms, std::unique_lock<std::mutex>* lock) {
   epoll_event events[64];
-  ++sleepers_;
   lock->unlock();
   const int n = epoll_wait(epoll_.get(), events, 64, timeout_ms);
   lock->lock();
-  --sleepers_;
   if (n <= 0) return;
   uint64_t rings;
   [[maybe_unused]] const ssize_t got = read(doorbell_.get(), &rings, sizeof rings);
@@ -243,10 +244,14 @@ void Context::ReadEvents(int timeout_ms, std::unique_lock<std::mutex>* lock) {
 void Context::WakeThread() {
   if (thread_parked_) {
     parked_.notify_one();
-  } else if (sleepers_ > 0) {
-    const uint64_t one = 1;
-    [[maybe_unused]] const ssize_t written = write(doorbell_.get(), &one, sizeof one);
+  } else if (thread_sleepers_ > 0) {
+    RingOwnDoorbell();
   }
+}
+
+void Context::RingOwnDoorbell() {
+  const uint64_t one = 1;
+  [[maybe_unused]] const ssize_t written = write(doorbell_.get(), &one, sizeof one);
 }
 
 void Context::Beat(uint64_t now) {
@@ -277,7 +282,8 @@ void Context::RunThread() {
       }
       continue;
     }
-    Sleep(&lock, now + kBeat);
+    Sleep(&lock, now + kBeat, &thread_sleepers_);
+    if (inline_waiters_ > 0) Progress();  // before it parks: the event may have been meant for a waiter that sleeps on
   }
 }
 
@@ -335,7 +341,7 @@ void Context::Lost(int world_rank) {
   if (peer.lost) return;
   peer.lost = true;
   const std::string how = peer.left ? " has left the job (it shut down or finished its script)"
-                                    : " is gone: its connection closed without a farewell, so its process died";
+                                    : " is gone: it failed or was killed (its connection closed without a farewell)";
   FailAll({ErrorCode::kPeerLost, world_rank, peer.label + how + LastOperation(world_rank)});
 }
 
@@ -421,19 +427,18 @@ void Context::NoteStep(uint64_t step) {
   page_->progress_ns.store(NowNs());
 }
 
-void Context::Close() {
+void Context::Close(bool farewell) {
   {
     std::unique_lock<std::mutex> lock(mutex_);
     if (closed_) return;
     closed_ = true;
     stop_ = true;
     for (Peer& peer : peers_) {
-      if (peer.link != nullptr) peer.link->Send(LinkType::kBye, 0, 0, 0, "", {}, NowNs() + 100 * kMillisecond);
+      if (farewell && peer.link != nullptr) peer.link->Send(LinkType::kBye, 0, 0, 0, "", {}, NowNs() + 100 * kMillisecond);
     }
     for (const auto& communicator : communicators_) communicator->Fail({ErrorCode::kClosed, -1, "this rank has shut down"});
     if (thread_parked_) parked_.notify_one();
-    const uint64_t one = 1;
-    [[maybe_unused]] const ssize_t written = write(doorbell_.get(), &one, sizeof one);
+    RingOwnDoorbell();
   }
   if (thread_ != nullptr) thread_->join();
   thread_.reset();

@@ -51,14 +51,13 @@ class Context {
   bool Wait(const Operation& operation, uint64_t until_ns);
   void Cancel(Communicator* communicator, const std::string& why);
 
-  // Says farewell and ends everything. Afterwards only the destructor may be called.
-  void Close();
+  // Ends everything, with a farewell to the peers unless this rank has failed. Afterwards only the destructor may be called.
+  void Close(bool farewell = true);
   // In a forked child: gives up the descriptors so that peers can see the parent's death, touching no lock and no thread.
   void Forked();
 
   Error error();
   void NoteStep(uint64_t step);
-  void NoteState(RankState state) { page_->state.store(static_cast<uint32_t>(state)); }
   int rank() const { return rank_; }
 
   // For communicators, under the mutex.
@@ -95,11 +94,12 @@ class Context {
   void CheckDeadlines(uint64_t now);
   void Take(int world_rank, LinkMessage message);
   void FailAll(const Error& error);
-  // Sleeps until something may have happened; the mutex is given up meanwhile. Does not sleep if a last look finds progress.
-  void Sleep(std::unique_lock<std::mutex>* lock, uint64_t until_ns);
+  // Sleeps until something may have happened, counted in `sleepers`; the mutex is given up meanwhile. Does not sleep if a last look finds progress.
+  void Sleep(std::unique_lock<std::mutex>* lock, uint64_t until_ns, int* sleepers);
   void ReadEvents(int timeout_ms, std::unique_lock<std::mutex>* lock);
   void Watch(int fd, uint32_t events);
   void WakeThread();
+  void RingOwnDoorbell();
   void RunThread();
   void Beat(uint64_t now);
 
@@ -118,7 +118,8 @@ class Context {
   bool thread_parked_ = false;
   bool stop_ = false;
   int inline_waiters_ = 0;
-  int sleepers_ = 0;  // threads inside epoll_wait
+  int inline_sleepers_ = 0;  // inline waiters inside epoll_wait
+  int thread_sleepers_ = 0;  // 1 while the native thread is
   std::unique_ptr<std::thread> thread_;
 
   std::vector<Peer> peers_;  // by world rank; the own entry has only a label

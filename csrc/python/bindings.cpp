@@ -31,6 +31,7 @@ struct ContextHandle {
   std::shared_ptr<Pool> pool;
   std::unique_ptr<Context> context;
   pid_t owner = getpid();
+  uint64_t waited_ns = 0;
   bool closed = false;
 
   ~ContextHandle() {
@@ -107,11 +108,14 @@ bool Finish(CommunicatorHandle* handle, const Operation& operation) {
   Context* context = handle->owner->context.get();
   for (;;) {
     bool finished;
+    uint64_t waited_ns;
     Py_BEGIN_ALLOW_THREADS;
     const uint64_t start = NowNs();
     finished = context->Wait(operation, start + kSignalSlice);
-    handle->waited_ns += NowNs() - start;
+    waited_ns = NowNs() - start;
     Py_END_ALLOW_THREADS;
+    handle->waited_ns += waited_ns;
+    handle->owner->waited_ns += waited_ns;
     if (finished) return true;
     if (PyErr_CheckSignals() != 0) {
       Py_BEGIN_ALLOW_THREADS;
@@ -204,13 +208,16 @@ PyObject* Start(PyObject*, PyObject* const* args, Py_ssize_t n) {
   return Outcome(error);
 }
 
-PyObject* CloseContext(PyObject*, PyObject* capsule) {
-  const auto* handle = FromCapsule<ContextHandle>(capsule, kContextName);
+// close_context(context, farewell): without a farewell the peers take it for a death, as they should where this rank has failed
+PyObject* CloseContext(PyObject*, PyObject* const* args, Py_ssize_t n) {
+  if (!Expect(n, 2)) return nullptr;
+  const auto* handle = FromCapsule<ContextHandle>(args[0], kContextName);
   if (handle == nullptr) return nullptr;
+  const bool farewell = PyObject_IsTrue(args[1]) != 0;
   if (!(*handle)->closed && getpid() == (*handle)->owner) {
     (*handle)->closed = true;
     Py_BEGIN_ALLOW_THREADS;
-    (*handle)->context->Close();
+    (*handle)->context->Close(farewell);
     Py_END_ALLOW_THREADS;
   }
   Py_RETURN_NONE;
@@ -402,6 +409,11 @@ PyObject* WaitedSeconds(PyObject*, PyObject* capsule) {
   return handle == nullptr ? nullptr : PyFloat_FromDouble(static_cast<double>((*handle)->waited_ns) / 1e9);
 }
 
+PyObject* WaitedSecondsInAll(PyObject*, PyObject* capsule) {
+  const auto* handle = FromCapsule<ContextHandle>(capsule, kContextName);
+  return handle == nullptr ? nullptr : PyFloat_FromDouble(static_cast<double>((*handle)->waited_ns) / 1e9);
+}
+
 PyCFunction Fast(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)) {
   return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
 }
@@ -414,7 +426,7 @@ PyMethodDef kMethods[] = {
     {"context", NewContext, METH_VARARGS, nullptr},
     {"add_peer", AddPeer, METH_VARARGS, nullptr},
     {"start", Fast(Start), METH_FASTCALL, nullptr},
-    {"close_context", CloseContext, METH_O, nullptr},
+    {"close_context", Fast(CloseContext), METH_FASTCALL, nullptr},
     {"forked", Forked, METH_O, nullptr},
     {"note_step", Fast(NoteStep), METH_FASTCALL, nullptr},
     {"communicator", NewCommunicator, METH_VARARGS, nullptr},
@@ -428,6 +440,7 @@ PyMethodDef kMethods[] = {
     {"wait", WaitWork, METH_O, nullptr},
     {"done", WorkDone, METH_O, nullptr},
     {"waited_seconds", WaitedSeconds, METH_O, nullptr},
+    {"waited_seconds_in_all", WaitedSecondsInAll, METH_O, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -58,6 +58,7 @@ Error Link::Send(LinkType type, uint64_t a, uint64_t b, uint64_t c, const std::s
       continue;
     }
     if (errno == EINTR) continue;
+    if (errno == EPIPE || errno == ECONNRESET) return {ErrorCode::kPeerLost, -1, "it has closed its link"};
     if (errno != EAGAIN && errno != EWOULDBLOCK) return SystemError("cannot write to a peer's link");
     const uint64_t now = NowNs();
     if (now >= deadline_ns) return {ErrorCode::kTimeout, -1, "a peer does not read its link"};
