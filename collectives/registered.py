@@ -1,7 +1,7 @@
 """Tensors in registered memory: the process's pool, from which peers on the host can read and write.
 
-A tensor is in the pool as long as its storage is the one that `empty` gave: deepcopy, pickle and share_memory_ move it out without a word, and then it
-is an ordinary tensor. So addresses are looked up at every collective, and nothing is remembered about tensors.
+A tensor is in the pool as long as its storage is the one that `empty` gave: deepcopy, pickle and share_memory_ move it out without a word, and then
+it is an ordinary tensor. So addresses are looked up at every collective, and nothing is remembered about tensors.
 """
 
 from __future__ import annotations

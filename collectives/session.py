@@ -1,7 +1,7 @@
 """One rank's live place in a job: its membership, its shared page and its native context.
 
-A Session is made by `Session.join` and ended by `close`; Communicators are made on it. Children forked by the user's code (DataLoader workers) give up
-their copies of its descriptors at once: a peer learns of this process's death by an end of file, which a child holding the other end would delay.
+A Session is made by `Session.join` and ended by `close`; Communicators are made on it. Children forked by the user's code (DataLoader workers) give
+up their copies of its descriptors at once: a peer learns of this process's death by an end of file, which a child that holds it would delay.
 """
 
 from __future__ import annotations

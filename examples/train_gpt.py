@@ -78,10 +78,10 @@ def cross_entropy(logits_BTV: torch.Tensor, target_BT: torch.Tensor) -> tuple[to
 
 
 def main(args: argparse.Namespace) -> None:
+    mesh = rf.init()
     *shape, context, lr = SIZES[args.size]
     train, valid = read_rows(args.data, context)
     valid = Subset(valid, range(0, len(valid), max(1, len(valid) // 512)))  # about 512 rows, evenly spread
-    mesh = rf.init()
     engine = rf.Engine(
         lambda: GPT(*shape, context),
         mesh,
@@ -95,7 +95,7 @@ def main(args: argparse.Namespace) -> None:
     batches = engine.shard(train, batch_size=args.batch_size, shuffle=True)
     if args.resume:
         engine.resume(args.out)
-    with Metrics(mesh, waiting=engine, total_steps=args.steps, log_dir=os.environ.get("RINGFOLD_LOG_DIR", args.out)) as metrics:
+    with Metrics(mesh, total_steps=args.steps, log_dir=os.environ.get("RINGFOLD_LOG_DIR", args.out)) as metrics:
         for batch in itertools.islice(itertools.chain.from_iterable(itertools.repeat(batches)), max(0, args.steps - engine.step)):
             metrics.step(engine.step + 1, loss=engine.train_step(batch), tokens=engine.count)
             if engine.step % 100 == 0 or engine.step == args.steps:
@@ -113,7 +113,4 @@ if __name__ == "__main__":
     parser.add_argument("--batch-size", type=int, default=32, help="rows of the global batch (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/gpt"), help="folder of the checkpoints (default: %(default)s)")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
-    try:
-        main(parser.parse_args())
-    except (rf.ConfigError, rf.CheckpointError) as error:
-        parser.exit(error.exit_code, f"{type(error).__name__}: {error}\n")
+    main(parser.parse_args())

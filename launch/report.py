@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import Literal
 
 from ringfold.collectives.codes import DTYPES, OPERATIONS
+from ringfold.collectives.errors import ConfigError
 from ringfold.collectives.page import Failure, OperationRecord, OperationState, Page
 
 SILENT_S = 5.0  # the heart beats several times a second, from a native thread
-BAD_INPUT = 2  # the exit code of a RingfoldError that nothing but another input can mend
+BAD_INPUT = ConfigError.exit_code
 _SECOND_NS = 1_000_000_000
 
 
@@ -167,7 +168,7 @@ def block(verdict: Verdict, outcomes: Sequence[Outcome], duration_s: float, colu
     if culprit.failure and culprit.returncode == BAD_INPUT:
         same = [o.rank for o in outcomes if o.failure and o.failure.message == culprit.failure.message]
         whose = "" if len(same) == len(outcomes) else f"\n  on rank{'s' * (len(same) > 1)} {', '.join(map(str, same))} of {len(outcomes)}"
-        return f"Error: {culprit.failure.message}{whose}"
+        return f"{culprit.failure.type}: {culprit.failure.message}{whose}"
     rule = "─" * min(columns, 100)
     lines = [
         rule,

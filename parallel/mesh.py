@@ -52,6 +52,11 @@ class DeviceMesh:
             self._communicators[key] = self.world.subgroup(self.ranks(key), "+".join(key))
         return self._communicators[key]
 
+    @property
+    def seconds_waited(self) -> float:
+        """Seconds that this process has spent blocked in operations of all communicators of its world."""
+        return self.world.session.seconds_waited
+
     def ranks(self, axes: str | tuple[str, ...]) -> Sequence[int]:
         """Return the world ranks, this one among them, that differ from this one in `axes` only, in grid order."""
         wanted = self._in_grid_order(axes)

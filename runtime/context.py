@@ -19,13 +19,15 @@ from types import TracebackType
 from ringfold.collectives.communicator import Communicator
 from ringfold.collectives.communicator import world as join_world
 from ringfold.collectives.environment import Job
-from ringfold.collectives.errors import ConfigError
+from ringfold.collectives.errors import ConfigError, RingfoldError
 from ringfold.collectives.work import Work
 from ringfold.parallel.layout import Layout
 from ringfold.parallel.mesh import DeviceMesh
 from torch import Tensor
 
 __all__ = ["all_reduce", "current_mesh", "init", "shutdown"]
+
+BAD_INPUT = ConfigError.exit_code
 
 _mesh: DeviceMesh | None = None
 
@@ -40,6 +42,7 @@ def init(layout: str | Layout | None = None) -> DeviceMesh:
         ConnectError, AuthenticationError.
     """
     global _mesh
+    _see_to_the_end()
     job = Job.from_environment()
     given = Layout.parse(layout) if isinstance(layout, str) else layout
     if _mesh is not None:
@@ -50,7 +53,6 @@ def init(layout: str | Layout | None = None) -> DeviceMesh:
         return _mesh
     chosen = _choose(given, job).resolve(job.world_size)
     chosen.require_built()
-    _see_to_the_end()
     world = join_world(job)
     try:
         _mesh = DeviceMesh(chosen, world)
@@ -105,8 +107,14 @@ def _see_to_the_end() -> None:
     before, thread_before = sys.excepthook, threading.excepthook
 
     def write_and_report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        _write_failure(error)
-        before(kind, error, trace)
+        launcher_tells = _write_failure(error)
+        if not isinstance(error, RingfoldError) or error.exit_code != BAD_INPUT:
+            before(kind, error, trace)
+            return
+        # Bad input is no crash: one message instead of a traceback from every rank, and the exit code that says so.
+        if not launcher_tells:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(BAD_INPUT)
 
     def write_and_report_thread(failed: threading.ExceptHookArgs) -> None:
         if failed.exc_value is not None and not isinstance(failed.exc_value, SystemExit):
@@ -125,6 +133,9 @@ def _forget() -> None:
     _mesh = None
 
 
-def _write_failure(error: BaseException) -> None:
-    if _mesh is not None:
-        _mesh.world.page.write_failure(error)
+def _write_failure(error: BaseException) -> bool:
+    """Write it into the page; tell whether the launcher reads it there."""
+    if _mesh is None:
+        return False
+    _mesh.world.page.write_failure(error)
+    return _mesh.world.session.job.page_fd is not None

@@ -100,24 +100,18 @@ class Engine:
         self.step = 0
         self.seconds = 0.0
         self.communication_share = 0.0
-        self._seconds_reducing = 0.0
 
     @property
     def count(self) -> float:
         """The last step's global count of the loss: valid tokens, rows, or whatever it counts."""
         return self._mean.count
 
-    @property
-    def seconds_waited(self) -> float:
-        """The time that this rank has waited for others in all train steps so far."""
-        return self._comm.seconds_waited + self._seconds_reducing
-
     def train_step(self, batch: Any) -> float:
         """Train on this rank's rows of a global batch and return the global mean loss, the same on every rank.
 
         Raises: ConfigError for a batch or a loss that does not fit the rules, and on every rank if the global batch has no valid target.
         """
-        began, waited = time.perf_counter(), self.seconds_waited
+        began, waited = time.perf_counter(), self.mesh.seconds_waited
         parts = self._microbatches(batch)
         if not self.module.training:
             self.module.train()
@@ -132,7 +126,7 @@ class Engine:
         self.step += 1
         self.mesh.world.page.set_progress(self.step)
         self.seconds = time.perf_counter() - began
-        self.communication_share = (self.seconds_waited - waited) / self.seconds
+        self.communication_share = (self.mesh.seconds_waited - waited) / self.seconds
         return loss
 
     def eval_step(self, batch: Any) -> dict[str, float]:
@@ -265,9 +259,7 @@ class Engine:
         for i, terms in enumerate(waiting):
             with self._last_backward(i == len(waiting) - 1):
                 self._backward(terms, weights)
-        began = time.perf_counter()
         self._buckets.finish()
-        self._seconds_reducing += time.perf_counter() - began
         return mean.finish()
 
     def _last_backward(self, is_last: bool) -> contextlib.AbstractContextManager[None]:

@@ -31,13 +31,6 @@ _FLUSH_EVERY_S = 0.25
 _LINE_EVERY_S = 2.0
 
 
-class Waiting(Protocol):
-    """Whatever waits for other ranks, and knows how long: an Engine, a Communicator."""
-
-    @property
-    def seconds_waited(self) -> float: ...
-
-
 class Mesh(Protocol):
     """What metrics need of a DeviceMesh."""
 
@@ -47,7 +40,8 @@ class Mesh(Protocol):
     def layout(self) -> Any: ...
     @property
     def coordinate(self) -> Mapping[str, int]: ...
-    def __getitem__(self, axes: str) -> Waiting: ...
+    @property
+    def seconds_waited(self) -> float: ...
 
 
 class _Step(NamedTuple):
@@ -63,9 +57,9 @@ class _Step(NamedTuple):
 class Metrics:
     """Show and log the train steps of one run; a context manager, and silent on every rank but 0.
 
-    The time that `waiting` waits is shown as communication: the Engine, or in a loop of your own (the default) the mesh's dp axis.
+    The time that this process is blocked in collectives, of whatever communicator, is shown as communication.
     `total_steps` gives the time left, `log_dir` (default: RINGFOLD_LOG_DIR, which --log-dir sets) the folder of metrics.jsonl, whose
-    path is `path`. RINGFOLD_QUIET leaves only the file. Nothing here is collective, but the first use of mesh["dp"] is.
+    path is `path`. RINGFOLD_QUIET leaves only the file. Nothing here is collective.
 
     Raises:
         ConfigError: the log file cannot be opened.
@@ -75,12 +69,11 @@ class Metrics:
         self,
         mesh: Mesh,
         *,
-        waiting: Waiting | None = None,
         total_steps: int | None = None,
         log_dir: str | PathLike[str] | None = None,
         stream: TextIO | None = None,
     ) -> None:
-        self._waiting = mesh["dp"] if waiting is None else waiting
+        self._mesh = mesh
         self._is_active = mesh.rank == 0
         log_dir = log_dir or os.environ.get(environment.LOG_DIR)
         self.path = Path(log_dir).absolute() / "metrics.jsonl" if log_dir else None
@@ -136,7 +129,7 @@ class Metrics:
 
     def _mark(self) -> None:
         self._time = time.perf_counter()
-        self._waited = self._waiting.seconds_waited
+        self._waited = self._mesh.seconds_waited
 
     def _flush(self, is_shown_now: bool = False) -> None:
         steps, self._pending = self._pending, []

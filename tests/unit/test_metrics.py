@@ -25,11 +25,7 @@ class Mesh:
         self.rank = rank
         self.layout = SimpleNamespace(sizes=sizes)
         self.coordinate = dict.fromkeys(sizes, 0)
-        self.dp = SimpleNamespace(seconds_waited=0.0)
-
-    def __getitem__(self, axes: str) -> Any:
-        assert axes == "dp"
-        return self.dp
+        self.seconds_waited = 2.0
 
 
 class Terminal(io.StringIO):
@@ -87,15 +83,13 @@ def test_every_step_and_report_is_a_json_line_and_a_second_run_appends(tmp_path:
     assert read[5]["validation_loss"] == "inf"
 
 
-@pytest.mark.parametrize("has_engine", [False, True])
-def test_communication_is_what_the_engine_or_else_the_dp_axis_waits_in_steps(tmp_path: Path, has_engine: bool) -> None:
-    mesh, engine = Mesh(), SimpleNamespace(seconds_waited=2.0)
-    waiting = engine if has_engine else mesh.dp
-    with Metrics(mesh, waiting=engine if has_engine else None, log_dir=tmp_path, stream=io.StringIO()) as metrics:
-        waiting.seconds_waited += 0.75
+def test_communication_is_what_the_process_waits_in_steps(tmp_path: Path) -> None:
+    mesh = Mesh()
+    with Metrics(mesh, log_dir=tmp_path, stream=io.StringIO()) as metrics:
+        mesh.seconds_waited += 0.75
         metrics.step(1, 1.0)
         metrics.step(2, 1.0)
-        waiting.seconds_waited += 4.0
+        mesh.seconds_waited += 4.0
         metrics.report(2, validation_loss=1.0)
         metrics.step(3, 1.0)
     waited = [record.get("waited_s") for record in records(tmp_path)]
