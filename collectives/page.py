@@ -7,7 +7,7 @@ descriptor reads, also after `kill -9` of the rank. Little endian; the offsets a
     0     magic u64, version u32, rank i32, pid i32, state u32, heartbeat_ns u64, started_ns u64, progress_step u64, progress_ns u64,
           next_op u64, sleeping u32 (of the core alone)
     256   failure_ns u64, nbytes u32, is_consequence u32, UTF-8 JSON {"type", "message", "traceback"}
-    4096  1,024 operation records of 64 bytes; number `seq` is at 4096 + (seq % 1024) * 64
+    32768 1,024 operation records of 64 bytes; number `seq` is at 32768 + (seq % 1024) * 64
 
 It is not a log and not a lock: a reader may see a record that is being written. Times are those of CLOCK_MONOTONIC, so they mean
 something on the same boot of the same host only.
@@ -27,13 +27,13 @@ from enum import IntEnum
 
 from ringfold.collectives.errors import CollectiveTimeout, ConfigError, PeerLost
 
-__all__ = ["NBYTES", "Failure", "OperationRecord", "OperationState", "Page", "PageState", "State"]
+__all__ = ["NBYTES", "RECORDS_AT", "Failure", "OperationRecord", "OperationState", "Page", "PageState", "State"]
 
 MAGIC = int.from_bytes(b"RFPAGE01", "little")
 VERSION = 1
 RECORD_COUNT = 1024
 RECORD_NBYTES = 64
-RECORDS_AT = 4096
+RECORDS_AT = 32768
 NBYTES = RECORDS_AT + RECORD_COUNT * RECORD_NBYTES
 
 _HEADER = struct.Struct("<QIiiIQQQQQ")  # up to and with next_op

@@ -28,6 +28,7 @@ from ringfold.collectives.page import Failure, OperationRecord, OperationState, 
 
 SILENT_S = 5.0  # the heart beats several times a second, from a native thread
 BAD_INPUT = ConfigError.exit_code
+TRACE_LINES = 40
 _SECOND_NS = 1_000_000_000
 
 
@@ -168,7 +169,7 @@ def block(verdict: Verdict, outcomes: Sequence[Outcome], duration_s: float, colu
     if culprit.failure and culprit.returncode == BAD_INPUT:
         same = [o.rank for o in outcomes if o.failure and o.failure.message == culprit.failure.message]
         whose = "" if len(same) == len(outcomes) else f"\n  on rank{'s' * (len(same) > 1)} {', '.join(map(str, same))} of {len(outcomes)}"
-        return f"{culprit.failure.type}: {culprit.failure.message}{whose}"
+        return f"{culprit.failure.type.removeprefix('ringfold.')}: {culprit.failure.message}{whose}"
     rule = "─" * min(columns, 100)
     lines = [
         rule,
@@ -178,7 +179,10 @@ def block(verdict: Verdict, outcomes: Sequence[Outcome], duration_s: float, colu
     ]
     if culprit.failure:
         trace = culprit.failure.traceback.rstrip() or f"{culprit.failure.type}: {culprit.failure.message}"
-        lines += ["  " + line for line in trace.splitlines()] + [""]
+        shown = trace.splitlines()
+        if len(shown) > TRACE_LINES:
+            shown = [shown[0], f"  ... {len(shown) - TRACE_LINES} lines ...", *shown[1 - TRACE_LINES :]]
+        lines += ["  " + line for line in shown] + [""]
     elif culprit.stderr_tail:
         lines += ["  its last lines on standard error:"] + ["    " + line for line in culprit.stderr_tail] + [""]
     if culprit.seen.operation:

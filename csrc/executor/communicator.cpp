@@ -178,7 +178,7 @@ std::string Communicator::Standing(const Operation& operation) const {
   const int peer = operation.WaitingFor();
   if (peer < 0) return text + ", behind an earlier operation";
   int end;
-  return text + ", waiting for " + context_->Chain(WorldRank(peer), &end);
+  return text + ", waiting for " + context_->Chain(WorldRank(peer), operation.issued_ns(), &end);
 }
 
 void Communicator::Broken(const Operation& operation) {
@@ -240,7 +240,7 @@ void Communicator::Check(uint64_t now) {
                        "\n  If that rank is slow, raise timeout_s (--timeout); if it has ended the loop early or issues other collectives, "
                        "every rank must take part in each.";
     int culprit = -1;
-    if (peer >= 0) context_->Chain(WorldRank(peer), &culprit);
+    if (peer >= 0) context_->Chain(WorldRank(peer), operation.issued_ns(), &culprit);
     context_->Abort(*this, {ErrorCode::kTimeout, culprit, text});
     return;
   }

@@ -168,6 +168,7 @@ bool Context::Busy() const {
 
 void Context::CheckDeadlines(uint64_t now) {
   for (size_t i = 0; i < communicators_.size(); ++i) communicators_[i]->Check(now);
+  TellStanding(now);
 }
 
 bool Context::Wait(const Operation& operation, uint64_t until_ns) {
@@ -330,6 +331,13 @@ void Context::Take(int world_rank, LinkMessage message) {
         communicator->Fail({static_cast<ErrorCode>(message.b), static_cast<int>(message.c) - 1, "reported by " + peer.label + ": " + message.text});
       }
       break;
+    case LinkType::kStanding:
+      peer.told.operation = static_cast<uint8_t>(message.a >> 32);
+      peer.told.sequence = message.a & UINT32_MAX;
+      peer.told.waiting_for = static_cast<int32_t>(message.b) - 1;
+      peer.told.state.store(static_cast<uint8_t>(RecordState::kStarted));
+      peer.told_ns = NowNs();
+      break;
     case LinkType::kBye:
       peer.left = true;
       break;
@@ -342,7 +350,7 @@ void Context::Lost(int world_rank) {
   peer.lost = true;
   const std::string how = peer.left ? " has left the job (it shut down or finished its script)"
                                     : " is gone: it failed or was killed (its connection closed without a farewell)";
-  FailAll({ErrorCode::kPeerLost, world_rank, peer.label + how + LastOperation(world_rank)});
+  FailAll({ErrorCode::kPeerLost, world_rank, peer.label + how + LastOperation(world_rank, 0)});
 }
 
 void Context::FailAll(const Error& error) {
@@ -397,24 +405,45 @@ char* Context::MapRegion(int world_rank, uint64_t region, uint64_t offset) {
   return found->second.data() + offset;
 }
 
-std::string Context::LastOperation(int world_rank) const {
-  Page* page = PageOf(world_rank);
-  if (page == nullptr) return "";
-  const OperationRecord* last = Recorder::Last(page);
-  return last == nullptr ? ", which has issued no operation yet" : ", whose last operation was " + Recorder::Describe(*last);
+const OperationRecord* Context::LastRecord(int world_rank, uint64_t since_ns) const {
+  if (PageOf(world_rank) != nullptr) return Recorder::Last(PageOf(world_rank));
+  const Peer& peer = peers_[static_cast<size_t>(world_rank)];
+  return peer.told_ns > since_ns ? &peer.told : nullptr;
 }
 
-std::string Context::Chain(int world_rank, int* end) const {
+std::string Context::LastOperation(int world_rank, uint64_t since_ns) const {
+  const OperationRecord* last = LastRecord(world_rank, since_ns);
+  if (last != nullptr) return ", whose last operation was " + Recorder::Describe(*last);
+  return PageOf(world_rank) != nullptr ? ", which has issued no operation yet" : "";
+}
+
+std::string Context::Chain(int world_rank, uint64_t since_ns, int* end) const {
   std::string text = Label(world_rank);
   *end = world_rank;
-  for (size_t hops = 0; hops < peers_.size() && PageOf(*end) != nullptr; ++hops) {
-    const OperationRecord* last = Recorder::Last(PageOf(*end));
+  for (size_t hops = 0; hops < peers_.size() && *end != rank_; ++hops) {
+    const OperationRecord* last = LastRecord(*end, since_ns);
     const int next = last == nullptr ? -1 : Recorder::WaitingFor(*last);
     if (next < 0 || next == rank_ || next >= static_cast<int>(peers_.size())) break;
     *end = next;
     text += ", which waits for " + Label(next);
   }
-  return text + LastOperation(*end);
+  return text + LastOperation(*end, since_ns);
+}
+
+void Context::TellStanding(uint64_t now) {
+  constexpr uint64_t kFirst = 250 * kMillisecond;
+  const OperationRecord* last = Recorder::Last(page_);
+  const uint64_t index = page_->next_operation.load() - 1;
+  if (last == nullptr || Recorder::WaitingFor(*last) < 0) return;
+  if (index != told_record_) tell_after_ns_ = kFirst;
+  if (now - last->start_ns < tell_after_ns_) return;
+  told_record_ = index;
+  tell_after_ns_ = 2 * (now - last->start_ns);
+  for (Peer& peer : peers_) {
+    if (peer.near || peer.link == nullptr) continue;
+    peer.link->Send(LinkType::kStanding, uint64_t{last->operation} << 32 | (last->sequence & UINT32_MAX), static_cast<uint64_t>(last->waiting_for + 1), 0, "",
+                    {}, now + kMillisecond);
+  }
 }
 
 Error Context::error() {
@@ -444,7 +473,7 @@ void Context::Close(bool farewell) {
   thread_.reset();
   std::unique_lock<std::mutex> lock(mutex_);
   communicators_.clear();
-  for (Peer& peer : peers_) peer = Peer();
+  peers_ = std::vector<Peer>(peers_.size());
 }
 
 void Context::Forked() {

@@ -63,9 +63,10 @@ class Context {
   // For communicators, under the mutex.
   Recorder& recorder() { return recorder_; }
   const std::string& Label(int world_rank) const { return peers_[static_cast<size_t>(world_rank)].label; }
-  std::string LastOperation(int world_rank) const;
+  std::string LastOperation(int world_rank, uint64_t since_ns) const;
   // Follows who waits for whom, from `world_rank` on, to a rank that waits for nobody: "rank 1 (...), which waits for rank 2 (...), whose last ...".
-  std::string Chain(int world_rank, int* end) const;
+  // Far ranks have told what they wait for, if they have waited long; what they told before `since_ns` does not count.
+  std::string Chain(int world_rank, uint64_t since_ns, int* end) const;
   bool HasLeft(int world_rank) const { return peers_[static_cast<size_t>(world_rank)].left; }
   // Reads what the peers have said on their links: descriptors, aborts, farewells, deaths.
   void PumpLinks();
@@ -86,8 +87,13 @@ class Context {
     std::map<uint32_t, Mapping> arenas;     // by communicator, not yet attached
     std::map<uint64_t, Mapping> regions;    // its registered memory, as mapped here
     std::set<uint64_t> announced;           // regions of ours that it has
+    OperationRecord told = {};              // far peers: what it has been waiting in
+    uint64_t told_ns = 0;
   };
 
+  // Tells far peers what this rank has been waiting for, the first time after 250 ms, then each time that span has doubled.
+  void TellStanding(uint64_t now);
+  const OperationRecord* LastRecord(int world_rank, uint64_t since_ns) const;
   Page* PageOf(int world_rank) const { return reinterpret_cast<Page*>(peers_[static_cast<size_t>(world_rank)].page.data()); }
   bool Progress();
   bool Busy() const;
@@ -128,6 +134,8 @@ class Context {
   Error error_;
   bool closed_ = false;
   uint64_t last_beat_ns_ = 0;
+  uint64_t told_record_ = UINT64_MAX;  // the operation last told to far peers
+  uint64_t tell_after_ns_ = 0;         // it is told again when it has waited this long
 };
 
 }  // namespace ringfold

@@ -45,7 +45,7 @@ struct Page {
   std::atomic<uint64_t> progress_ns;
   std::atomic<uint64_t> next_operation;
   std::atomic<uint32_t> sleeping;
-  char reserved[4096 - 68];  // the failure record of page.py begins at byte 256
+  char reserved[32768 - 68];  // the failure record of page.py begins at byte 256
   OperationRecord records[kRecords];
 
   OperationRecord& Record(uint64_t index) { return records[index % kRecords]; }
@@ -53,6 +53,6 @@ struct Page {
 
 static_assert(sizeof(OperationRecord) == 64, "page format");
 static_assert(offsetof(Page, sleeping) == 64, "page format");
-static_assert(offsetof(Page, records) == 4096, "page format");
+static_assert(offsetof(Page, records) == 32768, "page format");
 
 }  // namespace ringfold

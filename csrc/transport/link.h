@@ -17,6 +17,7 @@ enum class LinkType : uint32_t {
   kUnregion = 4,  // a: region, unmapped by its owner
   kAbort = 5,     // a: communicator, b: error code, c: rank at fault + 1; text: what happened
   kBye = 6,       // an orderly end
+  kStanding = 7,  // a: operation << 32 | sequence, b: world rank it has been waiting for, + 1; for peers that cannot read the sender's page
 };
 
 struct LinkMessage {

@@ -10,7 +10,7 @@ import time
 
 import pytest
 from ringfold.collectives.errors import CollectiveTimeout, ConfigError, PeerLost
-from ringfold.collectives.page import NBYTES, OperationState, Page, State
+from ringfold.collectives.page import NBYTES, RECORDS_AT, OperationState, Page, State
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def page():
 def write_operation(page: Page, seq: int, state: int = 3) -> None:
     """Write as the native core does: a record at its place, then the number of records."""
     record = struct.pack("<QIBBBBQQQiHHQB7x", seq, 7, 0, 3, 1, state, 1000 + seq, 5, 6, -1, 2, 4, 4000, 1)
-    os.pwrite(page.fd, record, 4096 + seq % 1024 * 64)
+    os.pwrite(page.fd, record, RECORDS_AT + seq % 1024 * 64)
     os.pwrite(page.fd, struct.pack("<Q", seq + 1), 56)
 
 
@@ -35,7 +35,7 @@ def fail(page: Page, exception: BaseException) -> None:
 
 
 def test_header_lies_at_the_agreed_offsets(page):
-    assert os.fstat(page.fd).st_size == NBYTES == 4096 + 1024 * 64
+    assert os.fstat(page.fd).st_size == NBYTES == 32768 + 1024 * 64
     assert os.pread(page.fd, 8, 0) == b"RFPAGE01"
     os.pwrite(page.fd, struct.pack("<IiiIQQQQQ", 1, 11, 4121, 1, 22, 33, 44, 55, 0), 8)
     state = page.read()
@@ -77,7 +77,7 @@ def test_operations_are_the_last_1024_oldest_first(page, count):
 def test_record_that_is_being_overwritten_is_left_out(page):
     for seq in range(1030):
         write_operation(page, seq)
-    os.pwrite(page.fd, struct.pack("<Q", 1030), 4096 + 6 * 64)  # number 1030 begins where 6 was; the count still says 1030
+    os.pwrite(page.fd, struct.pack("<Q", 1030), RECORDS_AT + 6 * 64)  # number 1030 begins where 6 was; the count still says 1030
     assert [record.seq for record in page.operations()] == [seq for seq in range(6, 1030) if seq != 6]
 
 
@@ -102,26 +102,26 @@ def deep(depth: int) -> None:
 
 def test_long_traceback_loses_its_front(page):
     try:
-        deep(200)
+        deep(800)
     except RuntimeError as error:
         page.write_failure(error)
     failure = page.read().failure
     assert failure.message == "at the bottom"
     assert failure.traceback.endswith("RuntimeError: at the bottom\n")
-    assert 3000 < len(failure.traceback.encode()) < 4096 - 272
+    assert 30000 < len(failure.traceback.encode()) < RECORDS_AT - 272
 
 
 @pytest.mark.parametrize("character", ["x", "\n", '"', "ö", "𝄞", "\udc80", "\0"])
-@pytest.mark.parametrize("length", [0, 1, 1700, 3824, 100_003])
+@pytest.mark.parametrize("length", [0, 1, 16000, 32496, 100_003])
 def test_failure_fits_whatever_its_message(page, character, length):
-    marker = os.pread(page.fd, 64, 4096)
+    marker = os.pread(page.fd, 64, RECORDS_AT)
     fail(page, RuntimeError(character * length))
     failure = page.read().failure
     (nbytes,) = struct.unpack("<I", os.pread(page.fd, 4, 264))
-    assert nbytes <= 4096 - 272
+    assert nbytes <= RECORDS_AT - 272
     assert failure.type == "RuntimeError"
     assert failure.message == (character * length)[: len(failure.message)].replace("\udc80", "?")
-    assert os.pread(page.fd, 64, 4096) == marker
+    assert os.pread(page.fd, 64, RECORDS_AT) == marker
 
 
 def test_first_failure_stays(page):
