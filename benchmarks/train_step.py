@@ -173,7 +173,9 @@ def main(shapes: list[tuple[int, int]], form: str, size: str, pairs: int, window
                 show(line_of(row))
     run = describe_run(comm)
     settings = {"size": size, "pairs": pairs, "window_s": window_s, "optimizer": "AdamW(fused=True)"}
-    show(f"\n{run['machine']}; {run['versions']}; {run['ranks']} ranks, {run['threads_per_rank']} thread(s) each; {settings}\n{run['command']}")
+    versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+    chosen = ", ".join(f"{name} {value}" for name, value in settings.items())
+    show(f"\n{run['machine']}; {versions}; {run['ranks']} ranks, {run['threads_per_rank']} thread(s) each; {chosen}\n{run['command']}")
     if json_path is not None and comm.rank == 0:
         write_json(json_path, {"benchmark": "train_step", **run, **settings, "rows": rows})
     rf.shutdown()

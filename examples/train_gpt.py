@@ -1,7 +1,5 @@
 """Train a byte-level GPT on text, on any number of processes:  ringfold run -n 2 examples/train_gpt.py [--help]
-
-Shapes: B rows, T bytes of context, D width, H heads, K width of a head, V the 256 bytes.
-"""
+Shapes: B rows, T bytes of context, D width, H heads, K width of a head, V the 256 bytes."""
 
 import argparse
 import itertools
@@ -37,7 +35,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    def __init__(self, layers: int, width: int, heads: int, context: int) -> None:
+    def __init__(self, layers: int = 2, width: int = 32, heads: int = 2, context: int = 32) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.embed, self.norm = nn.Embedding(256, width), nn.LayerNorm(width)
@@ -75,6 +73,11 @@ def read_rows(path: Path | None, context: int) -> list[TensorDataset]:
 
 def cross_entropy(logits_BTV: torch.Tensor, target_BT: torch.Tensor) -> tuple[torch.Tensor, int]:
     return F.cross_entropy(logits_BTV.flatten(0, 1), target_BT.long().flatten(), reduction="sum"), target_BT.numel()
+
+
+def verified() -> tuple[object, object, object]:  # ringfold verify examples/train_gpt.py:verified --layout dp4
+    rows = torch.randint(256, (9, 33), generator=torch.Generator().manual_seed(0))
+    return GPT, (rows[:, :-1], rows[:, 1:]), cross_entropy
 
 
 def main(args: argparse.Namespace) -> None:

@@ -213,8 +213,7 @@ class Engine:
         Raises: Incomplete, Corrupt, or Incompatible (with all differences, before anything is changed).
         """
         found = checkpoint.load(directory, comm=self.mesh.world)
-        found.load_model(self.module)
-        found.load_optimizer(self.optimizer, list(self.module.named_parameters()))
+        found.restore(self.module, self.optimizer)
         extra = found.extra()
         if self.scheduler is not None and extra["scheduler"] is not None:
             self.scheduler.load_state_dict(extra["scheduler"])

@@ -73,15 +73,28 @@ class Checkpoint:
         named = list(named_parameters)
 
         def read() -> Mapping[str, Any]:
-            tree = self._section("optimizer").tree
-            if tree is None:
-                raise Incompatible(f"{self.path} holds no optimizer state; only its model can be loaded")
-            if differences := optimizer_differences(tree["param_groups"], optimizer, named):
-                raise Incompatible(_listed(f"{self.path} was saved with another optimizer", differences))
+            self._check_optimizer(optimizer, named)
             state: Mapping[str, Any] = self._read("optimizer")
             return state
 
         load_optimizer_state(optimizer, named, on_all_ranks(self._comm, read))
+
+    def restore(self, module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Load model and optimizer, both or neither.
+
+        Raises:
+            Incompatible, Corrupt: as load_model and load_optimizer; neither has been changed.
+        """
+        named = list(module.named_parameters())
+
+        def read() -> tuple[dict[str, Any], Mapping[str, Any]]:
+            self._check_model(module.state_dict())
+            self._check_optimizer(optimizer, named)
+            return self._read("model"), self._read("optimizer")
+
+        model_state, optimizer_state = on_all_ranks(self._comm, read)
+        module.load_state_dict(model_state)
+        load_optimizer_state(optimizer, named, optimizer_state)
 
     def model_state(self) -> dict[str, Any]:
         """Return the saved model state, in new memory on the CPU; tied names give one tensor."""
@@ -150,6 +163,13 @@ class Checkpoint:
         differences += self._untied(state, saved)
         if differences:
             raise Incompatible(_listed(f"{self.path} was saved from another model", differences))
+
+    def _check_optimizer(self, optimizer: torch.optim.Optimizer, named: list[tuple[str, torch.nn.Parameter]]) -> None:
+        tree = self._section("optimizer").tree
+        if tree is None:
+            raise Incompatible(f"{self.path} holds no optimizer state; only its model can be loaded")
+        if differences := optimizer_differences(tree["param_groups"], optimizer, named):
+            raise Incompatible(_listed(f"{self.path} was saved with another optimizer", differences))
 
     def _untied(self, state: Mapping[str, Any], saved: Mapping[str, str | None]) -> list[str]:
         """List tensors that are one in the model and had different values when they were saved."""

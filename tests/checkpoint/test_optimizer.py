@@ -144,6 +144,23 @@ def test_other_parameters_are_listed_and_nothing_is_changed(tmp_path: Path) -> N
     assert resumed.param_groups[0]["lr"] == 0.5
 
 
+def test_restore_changes_model_and_optimizer_or_neither(tmp_path: Path) -> None:
+    model = build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    save(tmp_path / "c", model, optimizer)
+    other = build()
+    with torch.no_grad():
+        other[0].weight.zero_()
+    two_groups = torch.optim.SGD([{"params": list(other[0].parameters())}, {"params": list(other[2].parameters())}], lr=0.5)
+    with pytest.raises(Incompatible, match="another optimizer"):
+        checkpoint.load(tmp_path / "c").restore(other, two_groups)
+    assert not other[0].weight.any()
+    one_group = torch.optim.SGD(other.parameters(), lr=0.5)
+    checkpoint.load(tmp_path / "c").restore(other, one_group)
+    assert torch.equal(other[0].weight, model[0].weight)
+    assert one_group.param_groups[0]["lr"] == 0.1
+
+
 def test_a_checkpoint_without_optimizer_says_so(tmp_path: Path) -> None:
     model = build()
     checkpoint.save(tmp_path / "c", step=1, model_state=model.state_dict())
