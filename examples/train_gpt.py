@@ -96,8 +96,7 @@ def main(args: argparse.Namespace) -> None:
         clip_norm=1.0,
     )
     batches = engine.shard(train, batch_size=args.batch_size, shuffle=True)
-    if args.resume:
-        engine.resume(args.out)
+    args.resume and engine.resume(args.out)
     with Metrics(mesh, total_steps=args.steps, log_dir=os.environ.get("RINGFOLD_LOG_DIR", args.out)) as metrics:
         for batch in itertools.islice(itertools.chain.from_iterable(itertools.repeat(batches)), max(0, args.steps - engine.step)):
             metrics.step(engine.step + 1, loss=engine.train_step(batch), tokens=engine.count)
@@ -105,7 +104,8 @@ def main(args: argparse.Namespace) -> None:
                 engine.save(args.out / f"step-{engine.step}")
         metrics.report(engine.step, validation_loss=engine.evaluate(rf.shard(valid, mesh["dp"], batch_size=args.batch_size))["loss"])
         metrics.print(f"\n{engine.module.continue_text(b'def read_', 240, context)}\n")
-        metrics.print(f"checkpoint  {args.out}/step-{engine.step}\nlogs        {metrics.path}\nnext        --steps {2 * args.steps} --resume")
+        again = f"ringfold run -n {mesh.size} {os.path.relpath(__file__)} --steps {2 * args.steps} --resume"
+        metrics.print(f"checkpoint  {args.out}/step-{engine.step}\nlogs        {metrics.path}\nnext        {again}")
 
 
 if __name__ == "__main__":

@@ -331,6 +331,9 @@ void Context::Take(int world_rank, LinkMessage message) {
         communicator->Fail({static_cast<ErrorCode>(message.b), static_cast<int>(message.c) - 1, "reported by " + peer.label + ": " + message.text});
       }
       break;
+    case LinkType::kLost:
+      if (message.a < peers_.size() && static_cast<int>(message.a) != rank_) Lost(static_cast<int>(message.a));
+      break;
     case LinkType::kStanding:
       peer.told.operation = static_cast<uint8_t>(message.a >> 32);
       peer.told.sequence = message.a & UINT32_MAX;
@@ -350,6 +353,9 @@ void Context::Lost(int world_rank) {
   peer.lost = true;
   const std::string how = peer.left ? " has left the job (it shut down or finished its script)"
                                     : " is gone: it failed or was killed (its connection closed without a farewell)";
+  for (Peer& other : peers_) {
+    if (other.link != nullptr && !peer.left) other.link->Send(LinkType::kLost, static_cast<uint64_t>(world_rank), 0, 0, "", {}, NowNs() + kMillisecond);
+  }
   FailAll({ErrorCode::kPeerLost, world_rank, peer.label + how + LastOperation(world_rank, 0)});
 }
 

@@ -18,6 +18,7 @@ enum class LinkType : uint32_t {
   kAbort = 5,     // a: communicator, b: error code, c: rank at fault + 1; text: what happened
   kBye = 6,       // an orderly end
   kStanding = 7,  // a: operation << 32 | sequence, b: world rank it has been waiting for, + 1; for peers that cannot read the sender's page
+  kLost = 8,      // a: world rank whose death the sender has seen, so that nobody takes the sender's own end for the first
 };
 
 struct LinkMessage {
