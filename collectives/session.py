@@ -60,10 +60,6 @@ class Session:
             raise
         return cls(membership, page)
 
-    def note_step(self, step: int) -> None:
-        """Tell the launcher how far this rank is: `step` train steps are complete."""
-        core.note_step(self.context, step)
-
     @property
     def seconds_waited(self) -> float:
         """Seconds that this process has spent blocked in operations, of all communicators."""

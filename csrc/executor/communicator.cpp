@@ -178,7 +178,7 @@ std::string Communicator::Standing(const Operation& operation) const {
   const int peer = operation.WaitingFor();
   if (peer < 0) return text + ", behind an earlier operation";
   int end;
-  return text + ", waiting for " + context_->Chain(WorldRank(peer), operation.issued_ns(), &end);
+  return text + ", waiting for " + context_->roster().Chain(WorldRank(peer), operation.issued_ns(), &end);
 }
 
 void Communicator::Broken(const Operation& operation) {
@@ -186,7 +186,7 @@ void Communicator::Broken(const Operation& operation) {
   if (operation.unshared()) {
     context_->Abort(*this, {ErrorCode::kSystem, culprit,
                             Describe(operation) + ": rank " + std::to_string(context_->rank()) + " could not share registered memory with " +
-                                context_->Label(culprit) + "\n  Is there address space and descriptors left (ulimit -v, ulimit -n)?"});
+                                context_->roster().at(culprit).label + "\n  Is there address space and descriptors left (ulimit -v, ulimit -n)?"});
     return;
   }
   if (!operation.mismatched()) {
@@ -197,7 +197,7 @@ void Communicator::Broken(const Operation& operation) {
   const FrameHeader& header = operation.foreign();
   const Fingerprint& f = header.fingerprint;
   std::string text = "ranks issue different operations on axis " + name_ + "\n  rank " + std::to_string(context_->rank()) + " is in " +
-                     Describe(operation) + "\n  " + context_->Label(culprit) + " sent " + OpName(f.operation) + " #" +
+                     Describe(operation) + "\n  " + context_->roster().at(culprit).label + " sent " + OpName(f.operation) + " #" +
                      std::to_string(f.sequence) + " (";
   if (ValidDType(f.dtype)) text += std::string(NameOf(static_cast<DType>(f.dtype))) + " x " + std::to_string(f.count);
   if (ValidReduction(f.reduction)) text += std::string(", ") + NameOf(static_cast<Reduction>(f.reduction));
@@ -229,10 +229,10 @@ void Communicator::Check(uint64_t now) {
     const Operation& operation = *queue->waiting.front();
     const int peer = operation.WaitingFor();
     context_->recorder().Note(operation, peer < 0 ? -1 : WorldRank(peer));
-    if (peer >= 0 && context_->HasLeft(WorldRank(peer)) && !channels_[static_cast<size_t>(peer)].sockets[kCollectiveLane].valid()) {
+    if (peer >= 0 && context_->roster().at(WorldRank(peer)).left && !channels_[static_cast<size_t>(peer)].sockets[kCollectiveLane].valid()) {
       // Its farewell came after everything it sent; nothing moved, so nothing more will come.
       if (Turn(queue)) continue;
-      Fail({ErrorCode::kPeerLost, WorldRank(peer), context_->Label(WorldRank(peer)) + " has left the job (it shut down or finished its script)"});
+      Fail({ErrorCode::kPeerLost, WorldRank(peer), context_->roster().at(WorldRank(peer)).label + " has left the job (it shut down or finished its script)"});
       return;
     }
     if (now < operation.deadline_ns()) continue;
@@ -240,7 +240,7 @@ void Communicator::Check(uint64_t now) {
                        "\n  If that rank is slow, raise timeout_s (--timeout); if it has ended the loop early or issues other collectives, "
                        "every rank must take part in each.";
     int culprit = -1;
-    if (peer >= 0) context_->Chain(WorldRank(peer), operation.issued_ns(), &culprit);
+    if (peer >= 0) context_->roster().Chain(WorldRank(peer), operation.issued_ns(), &culprit);
     context_->Abort(*this, {ErrorCode::kTimeout, culprit, text});
     return;
   }
@@ -250,7 +250,7 @@ bool Communicator::Expose(int peer, const char* data, size_t nbytes, uint64_t* r
   *region = 0;
   *offset = 0;
   if (channels_[static_cast<size_t>(peer)].sockets[kCollectiveLane].valid()) return true;
-  return context_->Announce(WorldRank(peer), data, nbytes, region, offset);
+  return context_->roster().Announce(WorldRank(peer), data, nbytes, region, offset);
 }
 
 char* Communicator::Attach(int peer, uint64_t region, uint64_t offset) { return context_->MapRegion(WorldRank(peer), region, offset); }

@@ -30,14 +30,12 @@ void Pause() {
 Context::Context(int rank, int size, std::string label, int page_fd, uint64_t spin_ns, Pool* pool)
     : rank_(rank),
       spin_ns_(spin_ns),
-      pool_(pool),
       page_mapping_(Mapping::Attach(Descriptor(page_fd), sizeof(Page))),
       page_(reinterpret_cast<Page*>(page_mapping_.data())),
       recorder_(page_),
       epoll_(epoll_create1(EPOLL_CLOEXEC)),
       doorbell_(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)),
-      peers_(static_cast<size_t>(size)) {
-  peers_[static_cast<size_t>(rank)].label = std::move(label);
+      roster_(rank, size, std::move(label), pool) {
   if (page_ == nullptr || !epoll_.valid() || !doorbell_.valid()) {
     error_ = SystemError("cannot map the rank's page or make its doorbell");
     return;
@@ -56,10 +54,7 @@ void Context::Watch(int fd, uint32_t events) {
 }
 
 void Context::AddPeer(int peer, int fd, bool near, std::string label) {
-  Peer& entry = peers_[static_cast<size_t>(peer)];
-  entry.label = std::move(label);
-  entry.near = near;
-  entry.link = std::make_unique<Link>(fd);
+  roster_.Add(peer, fd, near, std::move(label));
   // Level-triggered: a link is always read to its end.
   Watch(fd, EPOLLIN | EPOLLRDHUP);
 }
@@ -67,12 +62,8 @@ void Context::AddPeer(int peer, int fd, bool near, std::string label) {
 Error Context::Start(uint64_t timeout_ns) {
   std::unique_lock<std::mutex> lock(mutex_);
   if (!error_.ok()) return error_;
-  const uint64_t deadline = NowNs() + timeout_ns;
-  for (Peer& peer : peers_) {
-    if (peer.link == nullptr || !peer.near) continue;
-    const Error error = peer.link->Send(LinkType::kHello, sizeof(Page), 0, 0, "", {page_mapping_.fd(), doorbell_.get()}, deadline);
-    if (!error.ok()) return {error.code, -1, peer.label + ": " + error.text};
-  }
+  const Error error = roster_.Greet(page_mapping_.fd(), doorbell_.get(), NowNs() + timeout_ns);
+  if (!error.ok()) return error;
   Beat(NowNs());
   page_->state.store(static_cast<uint32_t>(RankState::kRunning));
   thread_ = std::make_unique<std::thread>([this] { RunThread(); });
@@ -91,11 +82,11 @@ Error Context::Open(Communicator* communicator, size_t ring_nbytes, uint64_t tim
   // Edge-triggered: data of a later operation may wait in a socket for as long as the present one takes.
   for (const int fd : communicator->sockets()) Watch(fd, EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET);
   const std::vector<int>& members = communicator->members();
-  const bool any_near = std::any_of(members.begin(), members.end(), [this](int m) { return peers_[static_cast<size_t>(m)].near; });
+  const bool any_near = std::any_of(members.begin(), members.end(), [this](int m) { return roster_.at(m).near; });
   if (any_near) {
     Error error = communicator->CreateArena(ring_nbytes);
     for (const int member : members) {
-      Peer& peer = peers_[static_cast<size_t>(member)];
+      Peer& peer = roster_.at(member);
       if (!error.ok() || !peer.near) continue;
       if (peer.link == nullptr) return {ErrorCode::kPeerLost, member, peer.label + " has gone before axis " + communicator->name() + " was open"};
       const Mapping& arena = communicator->arena();
@@ -109,11 +100,10 @@ Error Context::Open(Communicator* communicator, size_t ring_nbytes, uint64_t tim
     if (!error_.ok()) return error_;
     std::string missing;
     for (size_t i = 0; i < members.size(); ++i) {
-      Peer& peer = peers_[static_cast<size_t>(members[i])];
+      Peer& peer = roster_.at(members[i]);
       const auto arena = peer.arenas.find(communicator->id());
       if (peer.page.valid() && arena != peer.arenas.end()) {
-        Page* page = reinterpret_cast<Page*>(peer.page.data());
-        communicator->AttachArena(static_cast<int>(i), std::move(arena->second), Bell(&page->sleeping, peer.doorbell.get()));
+        communicator->AttachArena(static_cast<int>(i), std::move(arena->second), Bell(&peer.page_or_null()->sleeping, peer.doorbell.get()));
         peer.arenas.erase(arena);
       }
       if (members[i] == rank_ || communicator->SenderTo(static_cast<int>(i), kMessageLane) != nullptr) continue;
@@ -168,7 +158,7 @@ bool Context::Busy() const {
 
 void Context::CheckDeadlines(uint64_t now) {
   for (size_t i = 0; i < communicators_.size(); ++i) communicators_[i]->Check(now);
-  TellStanding(now);
+  roster_.TellStanding(page_, now);
 }
 
 bool Context::Wait(const Operation& operation, uint64_t until_ns) {
@@ -289,74 +279,22 @@ void Context::RunThread() {
 }
 
 void Context::PumpLinks() {
-  for (size_t p = 0; p < peers_.size(); ++p) {
-    Peer& peer = peers_[p];
-    while (peer.link != nullptr) {
-      LinkMessage message;
-      const Link::Next next = peer.link->Receive(&message);
-      if (next == Link::Next::kNothing) break;
-      if (next == Link::Next::kMessage) {
-        Take(static_cast<int>(p), std::move(message));
-        continue;
-      }
-      peer.link.reset();  // also leaves the epoll set
-      if (!peer.left && !closed_) Lost(static_cast<int>(p));
-    }
-  }
-}
-
-void Context::Take(int world_rank, LinkMessage message) {
-  Peer& peer = peers_[static_cast<size_t>(world_rank)];
-  const auto mapping = [&](size_t nbytes) {
-    if (message.descriptors.empty()) return Mapping();
-    return Mapping::Attach(std::move(message.descriptors[0]), nbytes);
-  };
-  switch (message.type) {
-    case LinkType::kHello:
-      peer.page = mapping(message.a);
-      if (message.descriptors.size() > 1) peer.doorbell = std::move(message.descriptors[1]);
-      break;
-    case LinkType::kArena:
-      peer.arenas[static_cast<uint32_t>(message.a)] = mapping(message.b);
-      break;
-    case LinkType::kRegion:
-      peer.regions[message.a] = mapping(message.b);
-      break;
-    case LinkType::kUnregion:
-      peer.regions.erase(message.a);
-      break;
-    case LinkType::kAbort:
-      for (const auto& communicator : communicators_) {
-        if (communicator->id() != message.a) continue;
-        communicator->Fail({static_cast<ErrorCode>(message.b), static_cast<int>(message.c) - 1, "reported by " + peer.label + ": " + message.text});
-      }
-      break;
-    case LinkType::kLost:
-      if (message.a < peers_.size() && static_cast<int>(message.a) != rank_) Lost(static_cast<int>(message.a));
-      break;
-    case LinkType::kStanding:
-      peer.told.operation = static_cast<uint8_t>(message.a >> 32);
-      peer.told.sequence = message.a & UINT32_MAX;
-      peer.told.waiting_for = static_cast<int32_t>(message.b) - 1;
-      peer.told.state.store(static_cast<uint8_t>(RecordState::kStarted));
-      peer.told_ns = NowNs();
-      break;
-    case LinkType::kBye:
-      peer.left = true;
-      break;
+  for (const Notice& notice : roster_.Pump()) {
+    if (notice.kind == Notice::Kind::kLost && !closed_) Lost(notice.error.peer);
+    if (notice.kind != Notice::Kind::kAbort) continue;
+    for (const auto& communicator : communicators_)
+      if (communicator->id() == notice.communicator) communicator->Fail(notice.error);
   }
 }
 
 void Context::Lost(int world_rank) {
-  Peer& peer = peers_[static_cast<size_t>(world_rank)];
+  Peer& peer = roster_.at(world_rank);
   if (peer.lost) return;
   peer.lost = true;
+  if (!peer.left) roster_.TellLost(world_rank);
   const std::string how = peer.left ? " has left the job (it shut down or finished its script)"
                                     : " is gone: it failed or was killed (its connection closed without a farewell)";
-  for (Peer& other : peers_) {
-    if (other.link != nullptr && !peer.left) other.link->Send(LinkType::kLost, static_cast<uint64_t>(world_rank), 0, 0, "", {}, NowNs() + kMillisecond);
-  }
-  FailAll({ErrorCode::kPeerLost, world_rank, peer.label + how + LastOperation(world_rank, 0)});
+  FailAll({ErrorCode::kPeerLost, world_rank, peer.label + how + roster_.LastOperation(world_rank, 0)});
 }
 
 void Context::FailAll(const Error& error) {
@@ -365,13 +303,7 @@ void Context::FailAll(const Error& error) {
 }
 
 void Context::Abort(Communicator& communicator, const Error& error) {
-  const uint64_t deadline = NowNs() + 100 * kMillisecond;
-  for (const int member : communicator.members()) {
-    Peer& peer = peers_[static_cast<size_t>(member)];
-    if (peer.link == nullptr || peer.left) continue;
-    peer.link->Send(LinkType::kAbort, communicator.id(), static_cast<uint64_t>(error.code), static_cast<uint64_t>(error.peer + 1), error.text, {},
-                    deadline);
-  }
+  roster_.TellAbort(communicator.members(), communicator.id(), error);
   communicator.Fail(error);
 }
 
@@ -380,86 +312,11 @@ void Context::Cancel(Communicator* communicator, const std::string& why) {
   Abort(*communicator, {ErrorCode::kClosed, rank_, why});
 }
 
-bool Context::Announce(int world_rank, const char* data, size_t nbytes, uint64_t* region, uint64_t* offset) {
-  for (const uint64_t freed : pool_->FreedSince(&freed_cursor_)) {
-    for (Peer& peer : peers_) {
-      if (peer.announced.erase(freed) > 0 && peer.link != nullptr)
-        peer.link->Send(LinkType::kUnregion, freed, 0, 0, "", {}, NowNs() + kSecond);
-    }
-  }
-  RegionRef ref;
-  if (!pool_->Find(data, nbytes, &ref)) return true;
-  Peer& peer = peers_[static_cast<size_t>(world_rank)];
-  if (peer.announced.count(ref.id) == 0) {
-    if (peer.link == nullptr) return false;
-    if (!peer.link->Send(LinkType::kRegion, ref.id, ref.region_nbytes, 0, "", {ref.fd}, NowNs() + kSecond).ok()) return false;
-    peer.announced.insert(ref.id);
-  }
-  *region = ref.id;
-  *offset = ref.offset;
-  return true;
-}
-
 char* Context::MapRegion(int world_rank, uint64_t region, uint64_t offset) {
-  Peer& peer = peers_[static_cast<size_t>(world_rank)];
-  auto found = peer.regions.find(region);
-  if (found == peer.regions.end()) {
-    PumpLinks();  // the descriptor was sent before the frame that names it
-    found = peer.regions.find(region);
-  }
-  if (found == peer.regions.end() || !found->second.valid() || offset > found->second.size()) return nullptr;
-  return found->second.data() + offset;
-}
-
-const OperationRecord* Context::LastRecord(int world_rank, uint64_t since_ns) const {
-  if (PageOf(world_rank) != nullptr) return Recorder::Last(PageOf(world_rank));
-  const Peer& peer = peers_[static_cast<size_t>(world_rank)];
-  return peer.told_ns > since_ns ? &peer.told : nullptr;
-}
-
-std::string Context::LastOperation(int world_rank, uint64_t since_ns) const {
-  const OperationRecord* last = LastRecord(world_rank, since_ns);
-  if (last != nullptr) return ", whose last operation was " + Recorder::Describe(*last);
-  return PageOf(world_rank) != nullptr ? ", which has issued no operation yet" : "";
-}
-
-std::string Context::Chain(int world_rank, uint64_t since_ns, int* end) const {
-  std::string text = Label(world_rank);
-  *end = world_rank;
-  for (size_t hops = 0; hops < peers_.size() && *end != rank_; ++hops) {
-    const OperationRecord* last = LastRecord(*end, since_ns);
-    const int next = last == nullptr ? -1 : Recorder::WaitingFor(*last);
-    if (next < 0 || next == rank_ || next >= static_cast<int>(peers_.size())) break;
-    *end = next;
-    text += ", which waits for " + Label(next);
-  }
-  return text + LastOperation(*end, since_ns);
-}
-
-void Context::TellStanding(uint64_t now) {
-  constexpr uint64_t kFirst = 250 * kMillisecond;
-  const OperationRecord* last = Recorder::Last(page_);
-  const uint64_t index = page_->next_operation.load() - 1;
-  if (last == nullptr || Recorder::WaitingFor(*last) < 0) return;
-  if (index != told_record_) tell_after_ns_ = kFirst;
-  if (now - last->start_ns < tell_after_ns_) return;
-  told_record_ = index;
-  tell_after_ns_ = 2 * (now - last->start_ns);
-  for (Peer& peer : peers_) {
-    if (peer.near || peer.link == nullptr) continue;
-    peer.link->Send(LinkType::kStanding, uint64_t{last->operation} << 32 | (last->sequence & UINT32_MAX), static_cast<uint64_t>(last->waiting_for + 1), 0, "",
-                    {}, now + kMillisecond);
-  }
-}
-
-Error Context::error() {
-  std::unique_lock<std::mutex> lock(mutex_);
-  return error_;
-}
-
-void Context::NoteStep(uint64_t step) {
-  page_->progress_step.store(step);
-  page_->progress_ns.store(NowNs());
+  char* mapped = roster_.MapRegion(world_rank, region, offset);
+  if (mapped != nullptr) return mapped;
+  PumpLinks();  // the descriptor was sent before the frame that names it
+  return roster_.MapRegion(world_rank, region, offset);
 }
 
 void Context::Close(bool farewell) {
@@ -468,9 +325,7 @@ void Context::Close(bool farewell) {
     if (closed_) return;
     closed_ = true;
     stop_ = true;
-    for (Peer& peer : peers_) {
-      if (farewell && peer.link != nullptr) peer.link->Send(LinkType::kBye, 0, 0, 0, "", {}, NowNs() + 100 * kMillisecond);
-    }
+    if (farewell) roster_.TellFarewell();
     for (const auto& communicator : communicators_) communicator->Fail({ErrorCode::kClosed, -1, "this rank has shut down"});
     if (thread_parked_) parked_.notify_one();
     RingOwnDoorbell();
@@ -479,7 +334,7 @@ void Context::Close(bool farewell) {
   thread_.reset();
   std::unique_lock<std::mutex> lock(mutex_);
   communicators_.clear();
-  peers_ = std::vector<Peer>(peers_.size());
+  roster_.Clear();
 }
 
 void Context::Forked() {
@@ -487,8 +342,7 @@ void Context::Forked() {
   [[maybe_unused]] std::thread* gone = thread_.release();  // the thread exists in the parent only
   for (const auto& communicator : communicators_)
     for (const int fd : communicator->sockets()) close(fd);
-  for (Peer& peer : peers_)
-    if (peer.link != nullptr) close(peer.link->fd());
+  roster_.CloseDescriptors();
   close(epoll_.get());
   close(doorbell_.get());
 }

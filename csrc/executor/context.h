@@ -6,13 +6,10 @@
 
 #include <atomic>
 #include <condition_variable>
-#include <map>
 #include <memory>
 #include <mutex>
-#include <set>
 #include <string>
 #include <thread>
-#include <utility>
 #include <vector>
 
 #include "common/descriptor.h"
@@ -21,9 +18,9 @@
 #include "executor/operation.h"
 #include "executor/page.h"
 #include "executor/recorder.h"
+#include "executor/roster.h"
 #include "memory/mapping.h"
 #include "memory/pool.h"
-#include "transport/link.h"
 
 namespace ringfold {
 
@@ -56,49 +53,22 @@ class Context {
   // In a forked child: gives up the descriptors so that peers can see the parent's death, touching no lock and no thread.
   void Forked();
 
-  Error error();
-  void NoteStep(uint64_t step);
   int rank() const { return rank_; }
 
   // For communicators, under the mutex.
   Recorder& recorder() { return recorder_; }
-  const std::string& Label(int world_rank) const { return peers_[static_cast<size_t>(world_rank)].label; }
-  std::string LastOperation(int world_rank, uint64_t since_ns) const;
-  // Follows who waits for whom, from `world_rank` on, to a rank that waits for nobody: "rank 1 (...), which waits for rank 2 (...), whose last ...".
-  // Far ranks have told what they wait for, if they have waited long; what they told before `since_ns` does not count.
-  std::string Chain(int world_rank, uint64_t since_ns, int* end) const;
-  bool HasLeft(int world_rank) const { return peers_[static_cast<size_t>(world_rank)].left; }
+  Roster& roster() { return roster_; }
   // Reads what the peers have said on their links: descriptors, aborts, farewells, deaths.
   void PumpLinks();
   void Lost(int world_rank);
+  // Fails a communicator here and on its other members.
   void Abort(Communicator& communicator, const Error& error);
-  bool Announce(int world_rank, const char* data, size_t nbytes, uint64_t* region, uint64_t* offset);
   char* MapRegion(int world_rank, uint64_t region, uint64_t offset);
 
  private:
-  struct Peer {
-    std::string label;
-    bool near = false;
-    std::unique_ptr<Link> link;
-    bool left = false;
-    bool lost = false;
-    Mapping page;
-    Descriptor doorbell;
-    std::map<uint32_t, Mapping> arenas;     // by communicator, not yet attached
-    std::map<uint64_t, Mapping> regions;    // its registered memory, as mapped here
-    std::set<uint64_t> announced;           // regions of ours that it has
-    OperationRecord told = {};              // far peers: what it has been waiting in
-    uint64_t told_ns = 0;
-  };
-
-  // Tells far peers what this rank has been waiting for, the first time after 250 ms, then each time that span has doubled.
-  void TellStanding(uint64_t now);
-  const OperationRecord* LastRecord(int world_rank, uint64_t since_ns) const;
-  Page* PageOf(int world_rank) const { return reinterpret_cast<Page*>(peers_[static_cast<size_t>(world_rank)].page.data()); }
   bool Progress();
   bool Busy() const;
   void CheckDeadlines(uint64_t now);
-  void Take(int world_rank, LinkMessage message);
   void FailAll(const Error& error);
   // Sleeps until something may have happened, counted in `sleepers`; the mutex is given up meanwhile. Does not sleep if a last look finds progress.
   void Sleep(std::unique_lock<std::mutex>* lock, uint64_t until_ns, int* sleepers);
@@ -111,7 +81,6 @@ class Context {
 
   const int rank_;
   const uint64_t spin_ns_;
-  Pool* const pool_;
   Mapping page_mapping_;
   Page* page_;
   Recorder recorder_;
@@ -128,14 +97,11 @@ class Context {
   int thread_sleepers_ = 0;  // 1 while the native thread is
   std::unique_ptr<std::thread> thread_;
 
-  std::vector<Peer> peers_;  // by world rank; the own entry has only a label
+  Roster roster_;
   std::vector<std::unique_ptr<Communicator>> communicators_;
-  size_t freed_cursor_ = 0;
   Error error_;
   bool closed_ = false;
   uint64_t last_beat_ns_ = 0;
-  uint64_t told_record_ = UINT64_MAX;  // the operation last told to far peers
-  uint64_t tell_after_ns_ = 0;         // it is told again when it has waited this long
 };
 
 }  // namespace ringfold

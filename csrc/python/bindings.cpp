@@ -14,13 +14,12 @@
 #include "common/deadline.h"
 #include "executor/context.h"
 #include "executor/program.h"
-#include "python/dlpack.h"
-#include "memory/pool.h"
+#include "python/capsule.h"
+#include "python/memory.h"
 
 namespace ringfold {
 namespace {
 
-constexpr char kPoolName[] = "ringfold.pool";
 constexpr char kContextName[] = "ringfold.context";
 constexpr char kCommunicatorName[] = "ringfold.communicator";
 constexpr char kWorkName[] = "ringfold.work";
@@ -52,21 +51,6 @@ struct WorkHandle {
   std::shared_ptr<Operation> operation;
 };
 
-template <typename T>
-void DeleteCapsule(PyObject* capsule) {
-  delete static_cast<std::shared_ptr<T>*>(PyCapsule_GetPointer(capsule, PyCapsule_GetName(capsule)));
-}
-
-template <typename T>
-PyObject* MakeCapsule(std::shared_ptr<T> value, const char* name) {
-  return PyCapsule_New(new std::shared_ptr<T>(std::move(value)), name, DeleteCapsule<T>);
-}
-
-template <typename T>
-const std::shared_ptr<T>* FromCapsule(PyObject* capsule, const char* name) {
-  return static_cast<const std::shared_ptr<T>*>(PyCapsule_GetPointer(capsule, name));
-}
-
 const std::shared_ptr<ContextHandle>* OpenContext(PyObject* capsule) {
   const auto* handle = FromCapsule<ContextHandle>(capsule, kContextName);
   if (handle != nullptr && (*handle)->closed) {
@@ -91,14 +75,6 @@ PyObject* Outcome(const Error& error) {
   if (error.ok()) Py_RETURN_NONE;
   return Py_BuildValue("(iis#)", static_cast<int>(error.code), error.peer, error.text.data(), static_cast<Py_ssize_t>(error.text.size()));
 }
-
-bool Expect(Py_ssize_t given, Py_ssize_t wanted) {
-  if (given == wanted) return true;
-  PyErr_Format(PyExc_TypeError, "%zd arguments expected, %zd given", wanted, given);
-  return false;
-}
-
-char* Address(PyObject* number) { return static_cast<char*>(PyLong_AsVoidPtr(number)); }
 
 uint64_t Nanoseconds(PyObject* seconds) { return static_cast<uint64_t>(PyFloat_AsDouble(seconds) * 1e9); }
 
@@ -125,46 +101,6 @@ bool Finish(CommunicatorHandle* handle, const Operation& operation) {
     }
     if (handle->owner->closed) return true;
   }
-}
-
-// --- pool ---------------------------------------------------------------------------------------------------------------------------
-
-PyObject* NewPool(PyObject*, PyObject*) { return MakeCapsule(std::make_shared<Pool>(), kPoolName); }
-
-// allocate(pool, nbytes, dlpack code, dlpack bits, shape) -> dltensor capsule
-PyObject* Allocate(PyObject*, PyObject* const* args, Py_ssize_t n) {
-  if (!Expect(n, 5)) return nullptr;
-  const auto* pool = FromCapsule<Pool>(args[0], kPoolName);
-  if (pool == nullptr) return nullptr;
-  const size_t nbytes = PyLong_AsSize_t(args[1]);
-  std::vector<int64_t> shape;
-  for (Py_ssize_t i = 0; i < PyTuple_Size(args[4]); ++i) shape.push_back(PyLong_AsLongLong(PyTuple_GetItem(args[4], i)));
-  const auto code = static_cast<uint8_t>(PyLong_AsLong(args[2]));
-  const auto bits = static_cast<uint8_t>(PyLong_AsLong(args[3]));
-  if (PyErr_Occurred()) return nullptr;
-  void* memory;
-  Py_BEGIN_ALLOW_THREADS;
-  memory = (*pool)->Allocate(nbytes);
-  Py_END_ALLOW_THREADS;
-  if (memory == nullptr) return PyErr_SetFromErrno(PyExc_OSError);
-  return ExportDlpack(*pool, memory, std::move(shape), code, bits);
-}
-
-PyObject* IsRegistered(PyObject*, PyObject* const* args, Py_ssize_t n) {
-  if (!Expect(n, 3)) return nullptr;
-  const auto* pool = FromCapsule<Pool>(args[0], kPoolName);
-  if (pool == nullptr) return nullptr;
-  RegionRef ref;
-  return PyBool_FromLong((*pool)->Find(Address(args[1]), PyLong_AsSize_t(args[2]), &ref));
-}
-
-// pool_stats(pool) -> (reserved bytes, allocated bytes, regions)
-PyObject* Stats(PyObject*, PyObject* capsule) {
-  const auto* pool = FromCapsule<Pool>(capsule, kPoolName);
-  if (pool == nullptr) return nullptr;
-  const PoolStats stats = (*pool)->stats();
-  return Py_BuildValue("(nnn)", static_cast<Py_ssize_t>(stats.reserved_nbytes), static_cast<Py_ssize_t>(stats.allocated_nbytes),
-                       static_cast<Py_ssize_t>(stats.regions));
 }
 
 // --- context ------------------------------------------------------------------------------------------------------------------------
@@ -228,14 +164,6 @@ PyObject* Forked(PyObject*, PyObject* capsule) {
   if (handle == nullptr) return nullptr;
   if (!(*handle)->closed) (*handle)->context->Forked();
   (*handle)->closed = true;
-  Py_RETURN_NONE;
-}
-
-PyObject* NoteStep(PyObject*, PyObject* const* args, Py_ssize_t n) {
-  if (!Expect(n, 2)) return nullptr;
-  const auto* handle = OpenContext(args[0]);
-  if (handle == nullptr) return nullptr;
-  (*handle)->context->NoteStep(PyLong_AsSize_t(args[1]));
   Py_RETURN_NONE;
 }
 
@@ -428,7 +356,6 @@ PyMethodDef kMethods[] = {
     {"start", Fast(Start), METH_FASTCALL, nullptr},
     {"close_context", Fast(CloseContext), METH_FASTCALL, nullptr},
     {"forked", Forked, METH_O, nullptr},
-    {"note_step", Fast(NoteStep), METH_FASTCALL, nullptr},
     {"communicator", NewCommunicator, METH_VARARGS, nullptr},
     {"add_socket", AddSocket, METH_VARARGS, nullptr},
     {"open", Fast(Open), METH_FASTCALL, nullptr},
