@@ -36,6 +36,7 @@ $(CORE): $(PACKAGES) $(SOURCES)
 
 train: venv
 	$(RUN) run -n $(N) examples/train_gpt.py --steps $(STEPS)
+	@echo '(to type ringfold yourself: . $(VENV)/bin/activate)'
 
 test: venv
 	$(MAKE) -C csrc/test run

@@ -125,12 +125,16 @@ def _huge_pages() -> Iterator[Finding]:
         setting = _HUGE_PAGES.read_text()
     except OSError:
         return
-    chosen = re.search(r"\[(\w+)\]", setting)
-    if chosen and chosen[1] in ("never", "deny"):
+    match = re.search(r"\[(\w+)\]", setting)
+    chosen = match[1] if match else setting.strip()
+    version = tuple(map(int, re.findall(r"\d+", os.uname().release)[:2]))
+    if chosen == "never" and version >= (6, 1):
+        yield Finding("transports", "huge pages", "works", "shared memory: never, but the core collapses pages itself")
+    elif chosen in ("never", "deny"):
         advice = f"as root: echo advise > {_HUGE_PAGES}  (fewer page faults in large buffers)"
-        yield Finding("transports", "huge pages", "slow", f"shared memory: {chosen[1]}", advice)
+        yield Finding("transports", "huge pages", "slow", f"shared memory: {chosen}", advice)
     else:
-        yield Finding("transports", "huge pages", "works", f"shared memory: {chosen[1] if chosen else setting.strip()}")
+        yield Finding("transports", "huge pages", "works", f"shared memory: {chosen}")
 
 
 def _machine() -> Iterator[Finding]:

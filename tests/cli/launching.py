@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -19,8 +21,9 @@ def command(*arguments: str) -> list[str]:
 
 
 def start(*arguments: str, **options: object) -> subprocess.Popen[str]:
-    """Start `ringfold ARGUMENTS` with its output in pipes."""
+    """Start `ringfold ARGUMENTS` with its output in pipes, and minding SIGHUP even if the tests run under nohup."""
     settings: dict[str, object] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    settings["preexec_fn"] = functools.partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)
     return subprocess.Popen(command(*arguments), **(settings | options))  # type: ignore[call-overload,no-any-return]
 
 
