@@ -7,7 +7,7 @@ descriptor reads, also after `kill -9` of the rank. Little endian; the offsets a
     0     magic u64, version u32, rank i32, pid i32, state u32, heartbeat_ns u64, started_ns u64, progress_step u64, progress_ns u64,
           next_op u64, sleeping u32 (of the core alone)
     256   failure_ns u64, nbytes u32, is_consequence u32, UTF-8 JSON {"type", "message", "traceback"}
-    32768 1,024 operation records of 64 bytes; number `seq` is at 32768 + (seq % 1024) * 64
+    32768 1,024 operation records of 64 bytes; number `index` is at 32768 + (index % 1024) * 64
 
 It is not a log and not a lock: a reader may see a record that is being written. Times are those of CLOCK_MONOTONIC, so they mean
 something on the same boot of the same host only.
@@ -42,7 +42,7 @@ _FAILURE = struct.Struct("<QII")
 _FAILURE_AT = 256
 _FAILURE_TEXT_AT = _FAILURE_AT + _FAILURE.size
 _FAILURE_TEXT_NBYTES = RECORDS_AT - _FAILURE_TEXT_AT
-_RECORD = struct.Struct("<QIBBBBQQQiHHQB7x")
+_RECORD = struct.Struct("<QIBBBBQQQiHHQB3xI")
 
 
 class State(IntEnum):
@@ -93,7 +93,7 @@ class PageState:
 class OperationRecord:
     """One operation; op, dtype, reduction and algorithm are those of codes.py, `waiting_for` is a world rank or -1."""
 
-    seq: int
+    index: int  # how many operations the rank had issued before
     comm: int
     op: int
     dtype: int
@@ -107,6 +107,7 @@ class OperationRecord:
     steps: int
     nbytes: int
     algorithm: int
+    seq: int  # of the operation in its communicator: the same on every rank
 
 
 class Page:
@@ -157,9 +158,9 @@ class Page:
         next_op = self._u64[56 // 8]
         first = max(0, next_op - RECORD_COUNT)
         records = []
-        for seq in range(first, next_op):
-            record = OperationRecord(*_RECORD.unpack_from(raw, seq % RECORD_COUNT * RECORD_NBYTES))
-            if record.seq == seq and OperationState.ISSUED <= record.state <= OperationState.FAILED:
+        for index in range(first, next_op):
+            record = OperationRecord(*_RECORD.unpack_from(raw, index % RECORD_COUNT * RECORD_NBYTES))
+            if record.index == index and OperationState.ISSUED <= record.state <= OperationState.FAILED:
                 records.append(replace(record, state=OperationState(record.state)))
         return records
 

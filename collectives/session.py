@@ -41,6 +41,7 @@ class Session:
         for peer, link in membership.links.items():
             core.add_peer(self.context, peer, link.detach(), self.near[peer], membership.describe(peer))
         check(core.start(self.context, self.job.timeout_s))
+        page.set_state(State.RUNNING)
         self.closed = False
         _alive.add(self)
 
@@ -72,7 +73,10 @@ class Session:
             return
         self.closed = True
         _alive.discard(self)
-        core.close_context(self.context, self.page.read().state is not State.FAILED)
+        has_failed = self.page.read().state is State.FAILED
+        core.close_context(self.context, not has_failed)
+        if not has_failed:
+            self.page.set_state(State.FINISHED)
         self.membership.close()
         self.page.close()
 

@@ -19,7 +19,7 @@ from types import TracebackType
 from ringfold.collectives.communicator import Communicator
 from ringfold.collectives.communicator import world as join_world
 from ringfold.collectives.environment import Job
-from ringfold.collectives.errors import ConfigError, RingfoldError
+from ringfold.collectives.errors import ConfigError, PeerLost, RingfoldError
 from ringfold.collectives.work import Work
 from ringfold.parallel.layout import Layout
 from ringfold.parallel.mesh import DeviceMesh
@@ -108,6 +108,10 @@ def _see_to_the_end() -> None:
 
     def write_and_report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         launcher_tells = _write_failure(error)
+        if launcher_tells and isinstance(error, PeerLost):
+            # A victim's traceback from every rank would only bury the culprit's.
+            print(f"PeerLost: {error}", file=sys.stderr)
+            return
         if not isinstance(error, RingfoldError) or error.exit_code != BAD_INPUT:
             before(kind, error, trace)
             return

@@ -65,7 +65,6 @@ Error Context::Start(uint64_t timeout_ns) {
   const Error error = roster_.Greet(page_mapping_.fd(), doorbell_.get(), NowNs() + timeout_ns);
   if (!error.ok()) return error;
   Beat(NowNs());
-  page_->state.store(static_cast<uint32_t>(RankState::kRunning));
   thread_ = std::make_unique<std::thread>([this] { RunThread(); });
   return {};
 }

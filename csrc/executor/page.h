@@ -8,11 +8,10 @@
 
 namespace ringfold {
 
-enum class RankState : uint32_t { kStarting = 0, kRunning = 1, kFinished = 2, kFailed = 3 };
 enum class RecordState : uint8_t { kIssued = 1, kStarted = 2, kDone = 3, kFailed = 4 };
 
 struct OperationRecord {
-  uint64_t sequence;
+  uint64_t index;  // of the record: how many this rank had issued before
   uint32_t communicator;
   uint8_t operation;
   uint8_t dtype;
@@ -26,7 +25,8 @@ struct OperationRecord {
   uint16_t steps;
   uint64_t nbytes;
   uint8_t algorithm;
-  uint8_t padding[7];
+  uint8_t padding[3];
+  uint32_t sequence;  // of the operation in its communicator: the same on every rank
 };
 
 constexpr uint64_t kPageMagic = 0x3130454741504652;  // "RFPAGE01"
@@ -38,7 +38,7 @@ struct Page {
   uint32_t version;
   int32_t rank;
   int32_t pid;
-  std::atomic<uint32_t> state;
+  uint32_t state;  // Python's
   std::atomic<uint64_t> heartbeat_ns;
   uint64_t started_ns;
   std::atomic<uint64_t> progress_step;

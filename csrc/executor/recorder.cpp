@@ -17,6 +17,7 @@ uint64_t Recorder::Open(uint32_t communicator, const Operation& operation) {
   const uint64_t index = page_->next_operation.load(std::memory_order_relaxed);
   OperationRecord& record = page_->Record(index);
   const Fingerprint& f = operation.fingerprint();
+  record.index = index;
   record.sequence = f.sequence;
   record.communicator = communicator;
   record.operation = static_cast<uint8_t>(operation.request().op);

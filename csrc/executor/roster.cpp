@@ -77,7 +77,7 @@ void Roster::Take(int world_rank, LinkMessage message, std::vector<Notice>* noti
       break;
     case LinkType::kStanding:
       peer.told.operation = static_cast<uint8_t>(message.a >> 32);
-      peer.told.sequence = message.a & UINT32_MAX;
+      peer.told.sequence = static_cast<uint32_t>(message.a);
       peer.told.waiting_for = static_cast<int32_t>(message.b) - 1;
       peer.told.state.store(static_cast<uint8_t>(RecordState::kStarted));
       peer.told_ns = NowNs();
@@ -165,7 +165,7 @@ void Roster::TellStanding(Page* own_page, uint64_t now) {
   tell_after_ns_ = 2 * (now - last->start_ns);
   for (Peer& peer : peers_) {
     if (peer.near || peer.link == nullptr) continue;
-    const uint64_t operation = uint64_t{last->operation} << 32 | (last->sequence & UINT32_MAX);
+    const uint64_t operation = uint64_t{last->operation} << 32 | last->sequence;
     peer.link->Send(LinkType::kStanding, operation, static_cast<uint64_t>(last->waiting_for + 1), 0, "", {}, now + kMillisecond);
   }
 }

@@ -18,7 +18,7 @@ T0 = 1000 * SECOND
 def operation(seq: int = 412, state: OperationState = OperationState.STARTED, waiting_for: int = -1, op: int = 0) -> OperationRecord:
     start_ns = T0 - 300_000_000
     end_ns = T0 - 100_000_000 if state == OperationState.DONE else 0
-    return OperationRecord(seq, 0, op, 0, 0, state, 1048576, start_ns, end_ns, waiting_for, 3, 6, 4194304, 1)
+    return OperationRecord(seq, 0, op, 0, 0, state, 1048576, start_ns, end_ns, waiting_for, 3, 6, 4194304, 1, seq)
 
 
 def failure(at_s: float, kind: str = "ValueError", is_consequence: bool = False) -> Failure:

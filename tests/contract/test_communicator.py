@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Any
 
 import pytest
 import torch
+from ringfold.collectives.codes import OPERATIONS
+from ringfold.collectives.page import State
 
 from tests.harness import run_ranks
 from tests.harness.cases import DTYPES, finish, random_values
@@ -175,3 +178,26 @@ def test_seconds_waited_is_the_time_spent_waiting_for_others() -> None:
     late, punctual = run_ranks(2, check_wait_is_counted)
     assert punctual >= 0.1
     assert late < 0.1
+
+
+def record_operations(world: Any) -> list[tuple[str, int, int, str]]:
+    pair = world.subgroup([0, 1], "pair") if world.rank < 2 else None
+    tensor = torch.ones(7)
+    for _ in range(3):
+        world.all_reduce(tensor)
+    if pair is not None:
+        pair.all_reduce(tensor[:5])
+    world.broadcast(tensor[:6], 0)
+    names = {code: name for name, code in OPERATIONS.items()}
+    state = world.page.read()
+    assert state.state is State.RUNNING
+    assert state.pid == os.getpid()
+    assert state.heartbeat_ns >= state.started_ns - 10**9
+    return [(names[r.op], r.seq, r.count, r.state.name) for r in world.page.operations()]
+
+
+def test_the_page_holds_the_operations_of_all_communicators_in_the_order_of_their_issue() -> None:
+    reduced = [("all_reduce", number, 7, "DONE") for number in range(3)]
+    last = [("broadcast", 3, 6, "DONE")]
+    in_pair, alone = [*reduced, ("all_reduce", 0, 5, "DONE"), *last], [*reduced, *last]
+    assert run_ranks(3, record_operations) == [in_pair, in_pair, alone]

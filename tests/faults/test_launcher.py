@@ -219,9 +219,9 @@ def test_the_last_operation_of_every_rank_survives_it(tmp_path: Path) -> None:
         2,
         """
         import struct
-        record = struct.Struct("<QIBBBBQQQiHHQB7x")
+        record = struct.Struct("<QIBBBBQQQiHHQB3xI")
         start = time.monotonic_ns() - 300_000_000
-        page._memory[32768:32832] = record.pack(0, 0, 0, 0, 0, 2, 1048576, start, 0, 1 - RANK, 3, 6, 4194304, 1)
+        page._memory[32768:32832] = record.pack(0, 0, 0, 0, 0, 2, 1048576, start, 0, 1 - RANK, 3, 6, 4194304, 1, 0)
         page._memory[56:64] = struct.pack("<Q", 1)
         say(PIDS, f"issued{RANK}")
         while not all(os.path.exists(os.path.join(PIDS, f"issued{r}")) for r in (0, 1)): time.sleep(0.002)

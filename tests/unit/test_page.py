@@ -20,11 +20,11 @@ def page():
     page.close()
 
 
-def write_operation(page: Page, seq: int, state: int = 3) -> None:
+def write_operation(page: Page, index: int, state: int = 3) -> None:
     """Write as the native core does: a record at its place, then the number of records."""
-    record = struct.pack("<QIBBBBQQQiHHQB7x", seq, 7, 0, 3, 1, state, 1000 + seq, 5, 6, -1, 2, 4, 4000, 1)
-    os.pwrite(page.fd, record, RECORDS_AT + seq % 1024 * 64)
-    os.pwrite(page.fd, struct.pack("<Q", seq + 1), 56)
+    record = struct.pack("<QIBBBBQQQiHHQB3xI", index, 7, 0, 3, 1, state, 1000 + index, 5, 6, -1, 2, 4, 4000, 1, 9)
+    os.pwrite(page.fd, record, RECORDS_AT + index % 1024 * 64)
+    os.pwrite(page.fd, struct.pack("<Q", index + 1), 56)
 
 
 def fail(page: Page, exception: BaseException) -> None:
@@ -66,19 +66,19 @@ def test_operations_are_the_last_1024_oldest_first(page, count):
     for seq in range(count):
         write_operation(page, seq)
     records = page.operations()
-    assert [record.seq for record in records] == list(range(max(0, count - 1024), count))
+    assert [record.index for record in records] == list(range(max(0, count - 1024), count))
     if records:
         last = records[-1]
         assert (last.comm, last.op, last.dtype, last.reduction, last.state) == (7, 0, 3, 1, OperationState.DONE)
         assert (last.count, last.start_ns, last.end_ns, last.waiting_for) == (1000 + count - 1, 5, 6, -1)
-        assert (last.step, last.steps, last.nbytes, last.algorithm) == (2, 4, 4000, 1)
+        assert (last.step, last.steps, last.nbytes, last.algorithm, last.seq) == (2, 4, 4000, 1, 9)
 
 
 def test_record_that_is_being_overwritten_is_left_out(page):
     for seq in range(1030):
         write_operation(page, seq)
     os.pwrite(page.fd, struct.pack("<Q", 1030), RECORDS_AT + 6 * 64)  # number 1030 begins where 6 was; the count still says 1030
-    assert [record.seq for record in page.operations()] == [seq for seq in range(6, 1030) if seq != 6]
+    assert [record.index for record in page.operations()] == [seq for seq in range(6, 1030) if seq != 6]
 
 
 def test_failure_is_recorded_whole_when_it_fits(page):
