@@ -172,11 +172,12 @@ std::string Communicator::Describe(const Operation& operation) const {
   return text + "over " + (far ? "tcp" : "shm") + ", axis " + name_ + ")";
 }
 
-std::string Communicator::Standing(const Operation& operation) const {
+std::string Communicator::Standing(const Operation& operation, int known) const {
   std::string text = "rank " + std::to_string(context_->rank()) + " was at step " + std::to_string(operation.steps_done()) + " of " +
                      std::to_string(operation.steps());
   const int peer = operation.WaitingFor();
   if (peer < 0) return text + ", behind an earlier operation";
+  if (WorldRank(peer) == known) return text + ", waiting for it";
   int end;
   return text + ", waiting for " + context_->roster().Chain(WorldRank(peer), operation.issued_ns(), &end);
 }
@@ -215,7 +216,7 @@ void Communicator::Fail(const Error& error) {
     while (!queue->waiting.empty()) {
       Operation* operation = queue->waiting.front().get();
       Error own = error;
-      if (error.code == ErrorCode::kPeerLost) own.text = Describe(*operation) + ": " + error.text + "\n  " + Standing(*operation);
+      if (error.code == ErrorCode::kPeerLost) own.text = Describe(*operation) + ": " + error.text + "\n  " + Standing(*operation, error.peer);
       operation->Fail(std::move(own));
       Finish(queue, operation);
     }
@@ -236,7 +237,7 @@ void Communicator::Check(uint64_t now) {
       return;
     }
     if (now < operation.deadline_ns()) continue;
-    std::string text = Describe(operation) + " gave up after " + Seconds(operation.request().timeout_ns) + "\n  " + Standing(operation) +
+    std::string text = Describe(operation) + " gave up after " + Seconds(operation.request().timeout_ns) + "\n  " + Standing(operation, -1) +
                        "\n  If that rank is slow, raise timeout_s (--timeout); if it has ended the loop early or issues other collectives, "
                        "every rank must take part in each.";
     int culprit = -1;

@@ -84,7 +84,8 @@ class Communicator : public Peers {
   bool Turn(OperationQueue* queue);
   void Finish(OperationQueue* queue, Operation* operation);
   void Broken(const Operation& operation);
-  std::string Standing(const Operation& operation) const;
+  // How far it is and whom it waits for; `known`: a world rank that the message has described already.
+  std::string Standing(const Operation& operation, int known) const;
   std::vector<OperationQueue*> Queues();
 
   Context* context_;
