@@ -299,8 +299,14 @@ def _give_up(job: Job, generation: str, meeting: _Meeting, arrived: list[_Member
     """Find out who is missing, and tell everybody who waits for them, so that all ranks end with the same names."""
     store = meeting.store
     missing = [len(arrived)]  # at least: rank 0 may give up at the same moment, and its store ends with it
-    with suppress(ConnectError):
-        missing = [peer for peer in range(job.world_size) if store.get(member_key(generation, peer), 0.0) is None]
+    try:
+        records = [store.get(member_key(generation, peer), 0.0) for peer in range(job.world_size)]
+    except ConnectError:
+        records = []
+    for record in records:
+        if record is not None and "given_up" in unpack_record(record):  # somebody else was a moment earlier
+            return ConnectError(unpack_record(record)["given_up"])
+    missing = [peer for peer, record in enumerate(records) if record is None] or missing
     error = _missing(job, missing, arrived, meeting.server.refused if meeting.server else 0)
     with suppress(ConnectError):
         for peer in missing:
