@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: ranks share few cores, and a fold's threads would only wait
@@ -11,6 +12,11 @@ import pytest
 
 from tests.harness.forkserver import close_server, server
 from tests.harness.leaks import no_leaks
+
+# A suite started by nohup, or in the background of a script, inherits ignored signals, and so would the launchers that it starts and interrupts.
+for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL), (signal.SIGQUIT, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, default)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import os
-import signal
 import subprocess
 import sys
 import textwrap
@@ -21,9 +19,8 @@ def command(*arguments: str) -> list[str]:
 
 
 def start(*arguments: str, **options: object) -> subprocess.Popen[str]:
-    """Start `ringfold ARGUMENTS` with its output in pipes, and minding SIGHUP even if the tests run under nohup."""
+    """Start `ringfold ARGUMENTS` with its output in pipes."""
     settings: dict[str, object] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    settings["preexec_fn"] = functools.partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)
     return subprocess.Popen(command(*arguments), **(settings | options))  # type: ignore[call-overload,no-any-return]
 
 

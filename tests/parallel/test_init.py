@@ -45,7 +45,7 @@ def repeat() -> dict[str, Any]:
     while (leaked := before.leaked_until(Resources.now())) and time.monotonic() < deadline:
         time.sleep(0.02)
     return {
-        "quarter_s": statistics.quantiles(seconds, n=4)[0],
+        "median_s": statistics.median(seconds),
         "leaked": leaked,
         "grown_nbytes": psutil.Process().memory_info().rss - memory,
     }
@@ -55,8 +55,8 @@ def repeat() -> dict[str, Any]:
 def test_two_hundred_times_in_one_process_are_quick_and_leave_nothing(transport: str) -> None:
     for found in run_ranks(2, repeat, joined=False, transport=transport, timeout_s=100):
         print(found)
-        # The quickest quarter: the others share their cores with whatever else this machine does.
-        assert found["quarter_s"] < 0.020
+        # Not each: one in a hundred waits for whatever else this machine does. Alone on it, 95 of 100 take less than 7 ms.
+        assert found["median_s"] < 0.020
         assert found["leaked"] == []
         assert found["grown_nbytes"] < GROWTH_NBYTES
 
