@@ -100,6 +100,7 @@ class Acceptor:
         for sock in [*self._listeners, *self._guests]:
             sock.close()
         self._guests.clear()
+        self._listeners.clear()  # their functions are methods of whoever owns us: a cycle, which only a full garbage collection would end
         if self._bell >= 0:
             os.close(self._bell)
             self._bell = -1

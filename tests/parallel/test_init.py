@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import gc
 import os
-import statistics
 import sys
 import threading
 import time
@@ -19,6 +19,7 @@ from tests.harness import run_ranks
 from tests.harness.leaks import Resources
 
 TIMES = 200
+ATTEMPTS = 5
 # Ten warm rounds fill allocators and caches; what grows by less than a page a round after that is noise of the allocator, not a mapping.
 WARM = 10
 GROWTH_NBYTES = 2 * 2**20
@@ -45,20 +46,37 @@ def repeat() -> dict[str, Any]:
     while (leaked := before.leaked_until(Resources.now())) and time.monotonic() < deadline:
         time.sleep(0.02)
     return {
-        "median_s": statistics.median(seconds),
+        "slowest_s": max(seconds),
         "leaked": leaked,
         "grown_nbytes": psutil.Process().memory_info().rss - memory,
     }
 
 
 @pytest.mark.parametrize("transport", ["shm", "tcp"])
-def test_two_hundred_times_in_one_process_are_quick_and_leave_nothing(transport: str) -> None:
-    for found in run_ranks(2, repeat, joined=False, transport=transport, timeout_s=100):
-        print(found)
-        # Not each: one in a hundred waits for whatever else this machine does. Alone on it, 95 of 100 take less than 7 ms.
-        assert found["median_s"] < 0.020
-        assert found["leaked"] == []
-        assert found["grown_nbytes"] < GROWTH_NBYTES
+def test_two_hundred_times_in_one_process_are_quick_each_and_leave_nothing(transport: str) -> None:
+    # A call takes 6 ms. Whatever else runs on the machine may delay one; what is slow by itself is slow in every attempt.
+    for attempt in range(ATTEMPTS):
+        ranks = run_ranks(2, repeat, joined=False, transport=transport, timeout_s=100)
+        print(attempt, ranks)
+        for found in ranks:
+            assert found["leaked"] == []
+            assert found["grown_nbytes"] < GROWTH_NBYTES
+        if max(found["slowest_s"] for found in ranks) < 0.020:
+            return
+    pytest.fail(f"in each of {ATTEMPTS} attempts one of {TIMES} calls took 20 ms or more")
+
+
+def count_garbage() -> int:
+    join_and_leave()
+    gc.disable()
+    gc.collect()
+    join_and_leave()
+    return gc.collect()
+
+
+def test_joining_and_leaving_makes_no_reference_cycle() -> None:
+    # Cycles pile up until a full garbage collection of torch's heap: 60 ms in the middle of somebody's step.
+    assert run_ranks(2, count_garbage, joined=False) == [0, 0]
 
 
 def lay_out(layout: str | None) -> tuple[str, str]:
