@@ -7,9 +7,21 @@ from __future__ import annotations
 
 __all__ = ["ALGORITHMS", "DTYPES", "OPERATIONS", "REDUCTIONS"]
 
-OPERATIONS = {"all_reduce": 0, "reduce_scatter": 1, "all_gather": 2, "broadcast": 3, "barrier": 4, "send": 5, "recv": 6}
-REDUCTIONS = {"sum": 0, "avg": 1, "min": 2, "max": 3, "prod": 4}
-ALGORITHMS = {"none": 0, "ring": 1, "direct": 2}
+OPERATIONS = {
+    "all_reduce": 0,
+    "reduce_scatter": 1,
+    "all_gather": 2,
+    "broadcast": 3,
+    "barrier": 4,
+    "send": 5,
+    "recv": 6,
+    "reduce": 7,
+    "gather": 8,
+    "scatter": 9,
+    "all_to_all": 10,
+}
+REDUCTIONS = {"sum": 0, "avg": 1, "min": 2, "max": 3, "prod": 4, "band": 5, "bor": 6, "bxor": 7}
+ALGORITHMS = {"none": 0, "ring": 1, "direct": 2, "halving_doubling": 3, "tree": 4, "hierarchical": 5, "native": 6}
 DTYPES = {
     "float32": 0,
     "float64": 1,

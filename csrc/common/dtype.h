@@ -25,18 +25,24 @@ enum class Reduction : uint8_t {
   Min = 2,
   Max = 3,
   Prod = 4,
+  BitAnd = 5,
+  BitOr = 6,
+  BitXor = 7,
 };
 
 constexpr uint8_t kDTypeCount = 10;
-constexpr uint8_t kReductionCount = 5;
+constexpr uint8_t kReductionCount = 8;
 
 // Codes come from Python and from peers: ask before casting.
 constexpr bool ValidDType(unsigned code) { return code < kDTypeCount; }
 constexpr bool ValidReduction(unsigned code) { return code < kReductionCount; }
 
-// Every pair is defined but the average of truth values.
+constexpr bool IsFloating(DType dtype) { return dtype == DType::F32 || dtype == DType::F64 || dtype == DType::F16 || dtype == DType::BF16; }
+constexpr bool IsBitwise(Reduction reduction) { return reduction >= Reduction::BitAnd; }
+
+// Every pair is defined but the average of truth values and the bits of floating-point numbers.
 constexpr bool Supports(DType dtype, Reduction reduction) {
-  return !(dtype == DType::Bool && reduction == Reduction::Avg);
+  return !(dtype == DType::Bool && reduction == Reduction::Avg) && !(IsFloating(dtype) && IsBitwise(reduction));
 }
 
 // Bytes of one element.
@@ -99,6 +105,12 @@ constexpr const char* NameOf(Reduction reduction) {
       return "max";
     case Reduction::Prod:
       return "prod";
+    case Reduction::BitAnd:
+      return "band";
+    case Reduction::BitOr:
+      return "bor";
+    case Reduction::BitXor:
+      return "bxor";
   }
   return "unknown reduction";
 }

@@ -166,7 +166,7 @@ std::string Communicator::Describe(const Operation& operation) const {
   std::string text = std::string(OpName(static_cast<uint8_t>(operation.request().op))) + " #" + std::to_string(f.sequence) + " (";
   if (operation.request().op != OpCode::kBarrier)
     text += std::string(NameOf(operation.request().dtype)) + " x " + std::to_string(f.count) + ", ";
-  if (operation.request().op == OpCode::kAllReduce || operation.request().op == OpCode::kReduceScatter)
+  if (IsReduction(operation.request().op))
     text += std::string(NameOf(operation.request().reduction)) + ", ";
   if (f.algorithm != 0) text += std::string(AlgorithmName(f.algorithm)) + " ";
   return text + "over " + (far ? "tcp" : "shm") + ", axis " + name_ + ")";

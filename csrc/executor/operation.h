@@ -92,7 +92,7 @@ class Operation {
   void RunFold(const Step& step);
   void RunPull(const Step& step);
   unsigned Divisor(const Step& step) const;
-  Lane lane() const { return request_.op >= OpCode::kSend ? kMessageLane : kCollectiveLane; }
+  Lane lane() const { return IsMessage(request_.op) ? kMessageLane : kCollectiveLane; }
   // reduce_scatter and all_gather expose what they read; the others the one vector they have.
   Buffer exposed_buffer() const {
     return request_.op == OpCode::kReduceScatter || request_.op == OpCode::kAllGather ? Buffer::kInput : Buffer::kOutput;

@@ -212,6 +212,34 @@ struct And {
   }
 };
 
+struct BitAnd {
+  template <class C>
+  static RINGFOLD_INLINE typename C::Vector Apply(typename C::Vector a, typename C::Vector b) {
+    return a & b;
+  }
+};
+
+struct BitOr {
+  template <class C>
+  static RINGFOLD_INLINE typename C::Vector Apply(typename C::Vector a, typename C::Vector b) {
+    return a | b;
+  }
+};
+
+struct BitXor {
+  template <class C>
+  static RINGFOLD_INLINE typename C::Vector Apply(typename C::Vector a, typename C::Vector b) {
+    return a ^ b;
+  }
+};
+
+struct Differ {
+  template <class C>
+  static RINGFOLD_INLINE typename C::Vector Apply(typename C::Vector a, typename C::Vector b) {
+    return (typename C::Vector)((a != 0) ^ (b != 0)) & 1;
+  }
+};
+
 // Division by a power of two is multiplication by its exact reciprocal; any other divisor needs the division itself.
 template <class C>
 struct FloatDivider {
@@ -325,12 +353,20 @@ RINGFOLD_TARGET void FoldElements(Reduction reduction, const FoldJob& job) {
       return FoldWith<C, Max>(job);
     case Reduction::Prod:
       return FoldWith<C, Prod>(job);
+    default:
+      break;
+  }
+  if constexpr (!std::is_floating_point_v<typename C::Scalar>) {  // Supports() keeps the bits of floating-point numbers away
+    if (reduction == Reduction::BitAnd) return FoldWith<C, BitAnd>(job);
+    if (reduction == Reduction::BitOr) return FoldWith<C, BitOr>(job);
+    FoldWith<C, BitXor>(job);
   }
 }
 
 template <>
 RINGFOLD_TARGET void FoldElements<Truth>(Reduction reduction, const FoldJob& job) {
-  const bool all = reduction == Reduction::Min || reduction == Reduction::Prod;
+  const bool all = reduction == Reduction::Min || reduction == Reduction::Prod || reduction == Reduction::BitAnd;
+  if (reduction == Reduction::BitXor) return FoldWith<Truth, Differ>(job);
   if (all) return FoldWith<Truth, And>(job);
   FoldWith<Truth, Or>(job);
 }

@@ -2,7 +2,7 @@
 //
 // Rounding: f32 and f64 round after each operation, in their own type. f16 and bf16 are widened to f32, reduced there over all sources of
 // the call, and rounded once, to nearest even (NaN stays NaN, infinity and subnormals are right). Integers wrap. Bool: sum and max are
-// "or", prod and min are "and". min and max give NaN where any source has one. Which NaN comes out of several is not specified.
+// "or", prod and min are "and", xor is "not equal". min and max give NaN where any source has one. Which NaN comes out of several is not specified.
 //
 // Pointers need no alignment. A destination may be exactly a source; vectors that overlap in any other way are not allowed.
 // Nothing allocates, nothing throws.

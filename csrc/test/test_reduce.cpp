@@ -91,6 +91,13 @@ T FoldScalar(Reduction reduction, T a, T b) {
     case Reduction::Max:
       if (a != a || b != b) return a != a ? a : b;
       return a > b ? a : b;
+    default:
+      break;
+  }
+  if constexpr (std::is_integral_v<T>) {
+    if (reduction == Reduction::BitAnd) return static_cast<T>(a & b);
+    if (reduction == Reduction::BitOr) return static_cast<T>(a | b);
+    if (reduction == Reduction::BitXor) return static_cast<T>(a ^ b);
   }
   return T();
 }
@@ -136,11 +143,12 @@ void ReferenceHalf(Format format, Reduction reduction, const std::vector<const u
 }
 
 void ReferenceBool(Reduction reduction, const std::vector<const unsigned char*>& srcs, size_t count, Bytes* out) {
-  const bool all = reduction == Reduction::Min || reduction == Reduction::Prod;
+  const bool all = reduction == Reduction::Min || reduction == Reduction::Prod || reduction == Reduction::BitAnd;
+  const bool parity = reduction == Reduction::BitXor;
   for (size_t i = 0; i < count; ++i) {
     size_t trues = 0;
     for (const unsigned char* src : srcs) trues += src[i] != 0 ? 1 : 0;
-    (*out)[i] = srcs.size() == 1 ? srcs[0][i] : all ? trues == srcs.size() : trues > 0;
+    (*out)[i] = srcs.size() == 1 ? srcs[0][i] : parity ? trues % 2 : all ? trues == srcs.size() : trues > 0;
   }
 }
 

@@ -21,7 +21,13 @@ BELOW = {
 }
 # launch checks a layout before it starts anything (layout.py is pure arithmetic), and lists the benchmarks' names.
 MAY_IMPORT_LAZILY = {("launch", "ringfold.parallel.layout"), ("launch", "ringfold.benchmarks")}
-MAY_IMPORT_TORCH = {"collectives/communicator.py", "collectives/work.py", "collectives/_native.py", "collectives/registered.py"}
+MAY_IMPORT_TORCH = {
+    "collectives/communicator.py",
+    "collectives/work.py",
+    "collectives/_native.py",
+    "collectives/registered.py",
+    "collectives/transport.py",
+}
 CORE_IS_IMPORTED_BY = {"collectives/_native.py"}
 CALLS_THAT_IMPORT = {"importlib.import_module", "import_module", "__import__"}
 FRONT_DOOR = "runtime/ringfold"

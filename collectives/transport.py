@@ -1,0 +1,59 @@
+"""What moves the bytes of a Communicator's operations: the seam between what an operation means and who carries it out.
+
+Over shared memory and TCP the C++ core does, and Communicator calls it directly, since a small operation must not pay for more than that.
+Other transports live in Python libraries (mpi.py, nccl.py): they are given a Request and return a Work. A transport may have collectives of
+its own (algorithm "native"); for any other algorithm it runs our Schedule over its point-to-point calls (interpreter.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from ringfold.collectives.work import Work
+
+__all__ = ["Request", "Transport"]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One operation, checked by the Communicator: names are known, sizes agree, tensors are contiguous and of one supported dtype.
+
+    input, output: flat. In all_reduce and broadcast they are one vector, in place; in reduce the output is the input at `root` and None elsewhere;
+    gather's output and scatter's input are None but at `root`.
+    input_counts, output_counts: elements of each rank's piece where input, or output, has a piece for each (reduce_scatter, scatter and all_to_all;
+    all_gather, gather and all_to_all). The pieces lie one behind the other.
+    root: of broadcast, reduce, gather and scatter; else -1. peer and tag: of send and recv; peer -1 receives from anybody.
+    """
+
+    op: str
+    reduction: str
+    dtype: torch.dtype
+    count: int
+    input: torch.Tensor | None
+    output: torch.Tensor | None
+    input_counts: tuple[int, ...] | None = None
+    output_counts: tuple[int, ...] | None = None
+    root: int = -1
+    peer: int = -1
+    tag: int = 0
+    algorithm: str | None = None
+
+
+class Transport(Protocol):
+    """Carries out the operations of one communicator, in the order in which they are begun."""
+
+    name: str
+
+    def begin(self, request: Request, timeout_s: float) -> Work:
+        """Start an operation and return its Work; the Work keeps the tensors alive.
+
+        Raises: ConfigError if the transport cannot do it; nothing was sent.
+        """
+
+    def subgroup(self, ranks: tuple[int, ...], name: str) -> Transport:
+        """Return the transport of a communicator of these ranks of this one; collective over exactly these."""
+
+    def close(self) -> None:
+        """End everything in flight and free what the transport holds; may be called again."""
