@@ -10,11 +10,11 @@ from typing import Any
 from ringfold import _core
 from ringfold.collectives.errors import CollectiveMismatch, CollectiveTimeout, CommunicationError, PeerLost
 
-__all__ = ["check", "core", "pool"]
+__all__ = ["Outcome", "check", "core", "failure", "pool"]
 
 core: Any = _core
 
-Outcome = tuple[int, int, str] | None
+Outcome = tuple[int, int, str]
 
 _ERRORS: dict[int, type[CommunicationError]] = {
     1: PeerLost,
@@ -28,15 +28,19 @@ _ERRORS: dict[int, type[CommunicationError]] = {
 pool: object = core.pool()
 
 
-def check(outcome: Outcome) -> None:
-    """Raise the exception of a failed operation; its `peer` is the world rank at fault, or -1.
+def check(outcome: Outcome | None) -> None:
+    """Raise the exception of a failed operation.
 
     Raises:
         CommunicationError: PeerLost, CollectiveTimeout, CollectiveMismatch or, for a closed communicator, the class itself.
     """
-    if outcome is None:
-        return
+    if outcome is not None:
+        raise failure(outcome)
+
+
+def failure(outcome: Outcome) -> CommunicationError:
+    """Return the exception that an outcome stands for; its `peer` is the world rank at fault, or -1."""
     code, peer, text = outcome
     error = _ERRORS[code](text)
     error.peer = peer
-    raise error
+    return error

@@ -8,6 +8,8 @@ descriptor reads, also after `kill -9` of the rank. Little endian; the offsets a
           next_op u64, sleeping u32 (of the core alone)
     256   failure_ns u64, nbytes u32, is_consequence u32, UTF-8 JSON {"type", "message", "traceback"}
     32768 1,024 operation records of 64 bytes; number `index` is at 32768 + (index % 1024) * 64
+    98304 16 counters of 64 bytes, by operation code: calls u64, nbytes u64, elapsed_ns u64, waited_ns u64
+    99328 504 call sites of 128 bytes, UTF-8, zero-terminated; row 0 stands for an unknown one
 
 It is not a log and not a lock: a reader may see a record that is being written. Times are those of CLOCK_MONOTONIC, so they mean
 something on the same boot of the same host only.
@@ -25,16 +27,22 @@ import traceback
 from dataclasses import dataclass, replace
 from enum import IntEnum
 
+from ringfold.collectives.codes import OPERATIONS
 from ringfold.collectives.errors import CollectiveTimeout, ConfigError, PeerLost
 
-__all__ = ["NBYTES", "RECORDS_AT", "Failure", "OperationRecord", "OperationState", "Page", "PageState", "State"]
+__all__ = ["NBYTES", "RECORDS_AT", "SITE_COUNT", "Failure", "OperationCounter", "OperationRecord", "OperationState", "Page", "PageState", "State"]
 
 MAGIC = int.from_bytes(b"RFPAGE01", "little")
-VERSION = 1
+VERSION = 2
 RECORD_COUNT = 1024
 RECORD_NBYTES = 64
 RECORDS_AT = 32768
-NBYTES = RECORDS_AT + RECORD_COUNT * RECORD_NBYTES
+COUNTERS_AT = RECORDS_AT + RECORD_COUNT * RECORD_NBYTES
+COUNTER_NBYTES = 64
+SITES_AT = COUNTERS_AT + 16 * COUNTER_NBYTES
+SITE_COUNT = 504
+SITE_NBYTES = 128
+NBYTES = SITES_AT + SITE_COUNT * SITE_NBYTES
 
 _HEADER = struct.Struct("<QIiiIQQQQQ")  # up to and with next_op
 _STATE_AT, _PID_AT, _STARTED_AT, _STEP_AT, _STEP_TIME_AT = 20, 16, 32, 40, 48
@@ -42,7 +50,8 @@ _FAILURE = struct.Struct("<QII")
 _FAILURE_AT = 256
 _FAILURE_TEXT_AT = _FAILURE_AT + _FAILURE.size
 _FAILURE_TEXT_NBYTES = RECORDS_AT - _FAILURE_TEXT_AT
-_RECORD = struct.Struct("<QIBBBBQQQiHHQB3xI")
+_RECORD = struct.Struct("<QIBBBBQQQiHHQBxHI")
+_COUNTER = struct.Struct("<4Q")
 
 
 class State(IntEnum):
@@ -108,6 +117,17 @@ class OperationRecord:
     nbytes: int
     algorithm: int
     seq: int  # of the operation in its communicator: the same on every rank
+    site: str = ""  # where in the user's program it was issued: "train.py:41 in step"
+
+
+@dataclass(frozen=True, slots=True)
+class OperationCounter:
+    """One kind of operation since the rank joined: how many have ended, their bytes, their time and how much of it somebody was blocked."""
+
+    calls: int
+    nbytes: int
+    seconds: float
+    seconds_waited: float
 
 
 class Page:
@@ -154,15 +174,37 @@ class Page:
 
     def operations(self) -> list[OperationRecord]:
         """Return the last operations, oldest first; one that is overwritten during the call is left out."""
-        raw = self._memory[RECORDS_AT:NBYTES]
+        raw = self._memory[RECORDS_AT:COUNTERS_AT]
         next_op = self._u64[56 // 8]
         first = max(0, next_op - RECORD_COUNT)
         records = []
         for index in range(first, next_op):
-            record = OperationRecord(*_RECORD.unpack_from(raw, index % RECORD_COUNT * RECORD_NBYTES))
+            *fields, row, seq = _RECORD.unpack_from(raw, index % RECORD_COUNT * RECORD_NBYTES)
+            record = OperationRecord(*fields, seq)
             if record.index == index and OperationState.ISSUED <= record.state <= OperationState.FAILED:
-                records.append(replace(record, state=OperationState(record.state)))
+                records.append(replace(record, state=OperationState(record.state), site=self.site(row)))
         return records
+
+    def counters(self) -> dict[str, OperationCounter]:
+        """Return what each kind of operation has come to so far, by its name; those that never ended are left out."""
+        found = {}
+        for name, code in OPERATIONS.items():
+            calls, nbytes, elapsed_ns, waited_ns = _COUNTER.unpack_from(self._memory, COUNTERS_AT + code * COUNTER_NBYTES)
+            if calls:
+                found[name] = OperationCounter(calls, nbytes, elapsed_ns / 1e9, waited_ns / 1e9)
+        return found
+
+    def site(self, row: int) -> str:
+        """Return where in the user's program an operation was issued: "train.py:41 in step", or nothing where that is unknown."""
+        if not 0 < row < SITE_COUNT:
+            return ""
+        at = SITES_AT + row * SITE_NBYTES
+        return self._memory[at : at + SITE_NBYTES].split(b"\0")[0].decode(errors="replace")
+
+    def write_site(self, row: int, text: str) -> None:
+        """Fill a row of the table of call sites; a long text keeps its end."""
+        at = SITES_AT + row * SITE_NBYTES
+        self._memory[at : at + SITE_NBYTES] = text.encode("utf-8", "replace")[1 - SITE_NBYTES :].ljust(SITE_NBYTES, b"\0")
 
     def set_state(self, state: State) -> None:
         """Say how far this rank has come; the first time it is RUNNING also says which process it is and when it began."""

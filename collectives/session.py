@@ -12,6 +12,7 @@ import weakref
 
 from ringfold.collectives import rendezvous
 from ringfold.collectives._native import check, core, pool
+from ringfold.collectives.call_site import CallSites
 from ringfold.collectives.environment import Job
 from ringfold.collectives.page import Page, State
 
@@ -41,6 +42,7 @@ class Session:
         for peer, link in membership.links.items():
             core.add_peer(self.context, peer, link.detach(), self.near[peer], membership.describe(peer))
         check(core.start(self.context, self.job.timeout_s))
+        self.sites = CallSites(page)
         page.set_state(State.RUNNING)
         self.closed = False
         _alive.add(self)

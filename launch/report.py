@@ -154,6 +154,8 @@ def describe_operation(record: OperationRecord, at_ns: int) -> str:
     what = f"{_name(OPERATIONS, record.op)} #{record.seq}"
     if record.count:
         what += f" ({_name(DTYPES, record.dtype)} x {record.count})"
+    if record.site:
+        what += f" at {record.site}"
     if record.state == OperationState.DONE:
         what += f", done {_seconds(at_ns - record.end_ns)} before"
     elif record.start_ns:

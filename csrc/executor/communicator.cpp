@@ -34,11 +34,10 @@ shm::Ring* RingFor(const Mapping& arena, int sender, Lane lane, size_t ring_nbyt
 }  // namespace
 
 Communicator::Communicator(Context* context, uint32_t id, std::string name, std::vector<int> members)
-    : context_(context), id_(id), name_(std::move(name)), members_(std::move(members)) {
+    : context_(context), id_(id), name_(std::move(name)), members_(std::move(members)), inbox_(static_cast<int>(members_.size())) {
   rank_ = static_cast<int>(std::find(members_.begin(), members_.end(), context->rank()) - members_.begin());
   channels_.resize(members_.size());
   sends_.resize(members_.size());
-  receives_.resize(members_.size());
 }
 
 void Communicator::AddSocket(int peer, Lane lane, int fd) {
@@ -92,20 +91,22 @@ const Program* Communicator::MessageProgram(Kind kind, int peer) {
   return known;
 }
 
-std::shared_ptr<Operation> Communicator::Issue(Request request, int peer) {
-  OperationQueue* queue = &collectives_;
-  if (request.op == OpCode::kSend) queue = &sends_[static_cast<size_t>(peer)];
-  if (request.op == OpCode::kRecv) queue = &receives_[static_cast<size_t>(peer)];
+std::shared_ptr<Operation> Communicator::Issue(Request request) {
+  const bool receives = request.op == OpCode::kRecv;
+  OperationQueue* const queue = request.op == OpCode::kSend ? &sends_[static_cast<size_t>(request.peer)] : &collectives_;
+  if (IsMessage(request.op)) request.program = MessageProgram(receives ? Kind::kRecv : Kind::kSend, std::max(request.peer, 0));
   Fingerprint fingerprint;
-  fingerprint.sequence = queue->next_sequence++;
+  if (!receives) fingerprint.sequence = queue->next_sequence++;  // a receive gets its message's
   // Both ends of a message are one operation.
-  fingerprint.operation = static_cast<uint8_t>(request.op == OpCode::kRecv ? OpCode::kSend : request.op);
+  fingerprint.operation = static_cast<uint8_t>(receives ? OpCode::kSend : request.op);
   fingerprint.dtype = static_cast<uint8_t>(request.dtype);
   fingerprint.reduction = static_cast<uint8_t>(request.reduction);
   fingerprint.algorithm = request.program->algorithm;
   fingerprint.root = request.root;
-  fingerprint.shape = ShapeDigest(request.offsets);
-  fingerprint.count = request.count;
+  // In all_to_all every pair has lengths of its own, which each message is checked for.
+  const bool pairwise = request.op == OpCode::kAllToAll;
+  fingerprint.shape = pairwise ? 0 : ShapeDigest(request.offsets);
+  fingerprint.count = pairwise ? 0 : request.count;
   auto operation = std::make_shared<Operation>(std::move(request), fingerprint, rank_, size());
   operation->record = context_->recorder().Open(id_, *operation);
   if (!error_.ok()) operation->Fail(error_);
@@ -113,24 +114,22 @@ std::shared_ptr<Operation> Communicator::Issue(Request request, int peer) {
     context_->recorder().Close(*operation);
     return operation;
   }
-  queue->waiting.push_back(operation);
   ++in_flight_;
-  if (queue != &collectives_) ++messages_in_flight_;
+  if (IsMessage(operation->request().op)) ++messages_in_flight_;
+  if (!receives) {
+    queue->waiting.push_back(operation);
+  } else if (!inbox_.Post(operation)) {
+    if (operation->broken_peer() >= 0) Broken(*operation);
+    if (!operation->finished()) operation->Fail(error_);
+    Close(operation.get());
+  }
   return operation;
 }
 
-std::vector<Communicator::OperationQueue*> Communicator::Queues() {
-  std::vector<OperationQueue*> all = {&collectives_};
-  for (auto& queue : sends_) all.push_back(&queue);
-  for (auto& queue : receives_) all.push_back(&queue);
-  return all;
-}
-
-void Communicator::Finish(OperationQueue* queue, Operation* operation) {
+void Communicator::Close(Operation* operation) {
   context_->recorder().Close(*operation);
   --in_flight_;
-  if (queue != &collectives_) --messages_in_flight_;
-  queue->waiting.pop_front();
+  if (IsMessage(operation->request().op)) --messages_in_flight_;
 }
 
 bool Communicator::Turn(OperationQueue* queue) {
@@ -144,7 +143,21 @@ bool Communicator::Turn(OperationQueue* queue) {
       return true;
     }
     if (!operation->finished()) return moved;
-    Finish(queue, operation);
+    Close(operation);
+    queue->waiting.pop_front();
+  }
+  return moved;
+}
+
+bool Communicator::TurnInbox() {
+  Operation* broken = nullptr;
+  int lost = -1;
+  const bool moved = inbox_.Progress(
+      this, [this](int peer) { return MessageProgram(Kind::kRecv, peer); }, [this](Operation* operation) { Close(operation); }, &broken, &lost);
+  if (broken != nullptr) Broken(*broken);
+  if (lost >= 0) {
+    context_->PumpLinks();  // whose death, or farewell, came first?
+    context_->Lost(WorldRank(lost));
   }
   return moved;
 }
@@ -154,7 +167,7 @@ bool Communicator::Progress() {
   bool moved = Turn(&collectives_);
   if (messages_in_flight_ > 0) {
     for (auto& queue : sends_) moved = Turn(&queue) || moved;
-    for (auto& queue : receives_) moved = Turn(&queue) || moved;
+    if (!inbox_.empty()) moved = TurnInbox() || moved;
   }
   return moved;
 }
@@ -165,7 +178,8 @@ std::string Communicator::Describe(const Operation& operation) const {
   for (const Channels& channels : channels_) far = far || channels.sockets[kCollectiveLane].valid();
   std::string text = std::string(OpName(static_cast<uint8_t>(operation.request().op))) + " #" + std::to_string(f.sequence) + " (";
   if (operation.request().op != OpCode::kBarrier)
-    text += std::string(NameOf(operation.request().dtype)) + " x " + std::to_string(f.count) + ", ";
+    text += std::string(NameOf(operation.request().dtype)) + " x " + std::to_string(operation.request().count) + ", ";
+  if (IsMessage(operation.request().op) && f.root != 0) text += "tag " + std::to_string(f.root) + ", ";
   if (IsReduction(operation.request().op))
     text += std::string(NameOf(operation.request().reduction)) + ", ";
   if (f.algorithm != 0) text += std::string(AlgorithmName(f.algorithm)) + " ";
@@ -182,12 +196,17 @@ std::string Communicator::Standing(const Operation& operation, int known) const 
   return text + ", waiting for " + context_->roster().Chain(WorldRank(peer), operation.issued_ns(), &end);
 }
 
+std::string Communicator::SiteOf(const Operation& operation) const { return context_->recorder().Site(operation.request().site); }
+
 void Communicator::Broken(const Operation& operation) {
   const int culprit = WorldRank(operation.broken_peer());
+  const std::string label = context_->roster().at(culprit).label;
   if (operation.unshared()) {
+    context_->PumpLinks();  // has it died?
+    if (!error_.ok()) return;
     context_->Abort(*this, {ErrorCode::kSystem, culprit,
-                            Describe(operation) + ": rank " + std::to_string(context_->rank()) + " could not share registered memory with " +
-                                context_->roster().at(culprit).label + "\n  Is there address space and descriptors left (ulimit -v, ulimit -n)?"});
+                            Describe(operation) + ": rank " + std::to_string(context_->rank()) + " could not reach the memory of " + label +
+                                "\n  Is there address space and descriptors left (ulimit -v, ulimit -n)?"});
     return;
   }
   if (!operation.mismatched()) {
@@ -198,13 +217,19 @@ void Communicator::Broken(const Operation& operation) {
   const FrameHeader& header = operation.foreign();
   const Fingerprint& f = header.fingerprint;
   std::string text = "ranks issue different operations on axis " + name_ + "\n  rank " + std::to_string(context_->rank()) + " is in " +
-                     Describe(operation) + "\n  " + context_->roster().at(culprit).label + " sent " + OpName(f.operation) + " #" +
-                     std::to_string(f.sequence) + " (";
-  if (ValidDType(f.dtype)) text += std::string(NameOf(static_cast<DType>(f.dtype))) + " x " + std::to_string(f.count);
-  if (ValidReduction(f.reduction)) text += std::string(", ") + NameOf(static_cast<Reduction>(f.reduction));
-  if (f.algorithm != 0) text += std::string(", ") + AlgorithmName(f.algorithm);
-  if (f.root >= 0) text += ", root " + std::to_string(f.root);
-  text += ")\n  Every rank must issue the same operations with the same dtype, count and root, in the same order.";
+                     Describe(operation) + SiteOf(operation) + "\n  " + label;
+  if (f == operation.fingerprint()) {
+    text += " sent " + std::to_string(header.nbytes) + " bytes of it, expected other lengths between the two";
+  } else {
+    text += std::string(" sent ") + OpName(f.operation) + " #" + std::to_string(f.sequence) + " (";
+    if (ValidDType(f.dtype)) text += std::string(NameOf(static_cast<DType>(f.dtype))) + " x " + std::to_string(f.count);
+    if (ValidReduction(f.reduction) && IsReduction(static_cast<OpCode>(f.operation))) text += std::string(", ") + NameOf(static_cast<Reduction>(f.reduction));
+    if (f.algorithm != 0) text += std::string(", ") + AlgorithmName(f.algorithm);
+    if (f.root >= 0) text += (f.operation == static_cast<uint8_t>(OpCode::kSend) ? ", tag " : ", root ") + std::to_string(f.root);
+    text += ")";
+  }
+  text += context_->SiteAt(culprit, id_, f.operation, f.sequence);
+  text += "\n  Every rank must issue the same operations with the same dtype, count and root, in the same order.";
   const Error error = {ErrorCode::kMismatch, culprit, text};
   context_->Abort(*this, error);
 }
@@ -212,57 +237,80 @@ void Communicator::Broken(const Operation& operation) {
 void Communicator::Fail(const Error& error) {
   if (!error_.ok()) return;
   error_ = error;
-  for (OperationQueue* queue : Queues()) {
+  const auto end = [&](Operation* operation) {
+    Error own = error;
+    if (error.code == ErrorCode::kPeerLost) own.text = Describe(*operation) + ": " + error.text + "\n  " + Standing(*operation, error.peer);
+    operation->Fail(std::move(own));
+    Close(operation);
+  };
+  while (!inbox_.empty()) end(inbox_.Remove().get());
+  const auto clear = [&](OperationQueue* queue) {
     while (!queue->waiting.empty()) {
-      Operation* operation = queue->waiting.front().get();
-      Error own = error;
-      if (error.code == ErrorCode::kPeerLost) own.text = Describe(*operation) + ": " + error.text + "\n  " + Standing(*operation, error.peer);
-      operation->Fail(std::move(own));
-      Finish(queue, operation);
+      const std::shared_ptr<Operation> operation = std::move(queue->waiting.front());
+      queue->waiting.pop_front();
+      end(operation.get());
     }
+  };
+  clear(&collectives_);
+  for (auto& queue : sends_) clear(&queue);
+}
+
+bool Communicator::HasLeft(int peer) const {
+  return context_->roster().at(WorldRank(peer)).left && !channels_[static_cast<size_t>(peer)].sockets[kCollectiveLane].valid();
+}
+
+bool Communicator::CheckOne(const Operation& operation, uint64_t now, OperationQueue* queue) {
+  int peer = operation.WaitingFor();
+  context_->recorder().Note(operation, peer < 0 ? -1 : WorldRank(peer));
+  if (operation.request().op == OpCode::kRecv && peer < 0) {  // from anybody: in vain once everybody has left
+    for (int p = 0; p < size(); ++p)
+      if (p != rank_ && (peer < 0 || !HasLeft(p))) peer = p;
   }
+  if (peer >= 0 && HasLeft(peer)) {
+    // Its farewell came after everything it sent; nothing moved, so nothing more will come.
+    if (queue != nullptr ? Turn(queue) : TurnInbox()) return false;
+    Fail({ErrorCode::kPeerLost, WorldRank(peer), context_->roster().at(WorldRank(peer)).label + " has left the job (it shut down or finished its script)"});
+    return false;
+  }
+  if (now < operation.deadline_ns()) return true;
+  std::string text = Describe(operation) + SiteOf(operation) + " gave up after " + Seconds(operation.request().timeout_ns) + "\n  " +
+                     Standing(operation, -1) +
+                     "\n  If that rank is slow, raise timeout_s (--timeout); if it has ended the loop early or issues other collectives, "
+                     "every rank must take part in each.";
+  int culprit = -1;
+  if (peer >= 0) context_->roster().Chain(WorldRank(peer), operation.issued_ns(), &culprit);
+  context_->Abort(*this, {ErrorCode::kTimeout, culprit, text});
+  return false;
 }
 
 void Communicator::Check(uint64_t now) {
   if (in_flight_ == 0) return;
-  for (OperationQueue* queue : Queues()) {
-    if (queue->waiting.empty()) continue;
-    const Operation& operation = *queue->waiting.front();
-    const int peer = operation.WaitingFor();
-    context_->recorder().Note(operation, peer < 0 ? -1 : WorldRank(peer));
-    if (peer >= 0 && context_->roster().at(WorldRank(peer)).left && !channels_[static_cast<size_t>(peer)].sockets[kCollectiveLane].valid()) {
-      // Its farewell came after everything it sent; nothing moved, so nothing more will come.
-      if (Turn(queue)) continue;
-      Fail({ErrorCode::kPeerLost, WorldRank(peer), context_->roster().at(WorldRank(peer)).label + " has left the job (it shut down or finished its script)"});
-      return;
-    }
-    if (now < operation.deadline_ns()) continue;
-    std::string text = Describe(operation) + " gave up after " + Seconds(operation.request().timeout_ns) + "\n  " + Standing(operation, -1) +
-                       "\n  If that rank is slow, raise timeout_s (--timeout); if it has ended the loop early or issues other collectives, "
-                       "every rank must take part in each.";
-    int culprit = -1;
-    if (peer >= 0) context_->roster().Chain(WorldRank(peer), operation.issued_ns(), &culprit);
-    context_->Abort(*this, {ErrorCode::kTimeout, culprit, text});
-    return;
-  }
+  if (!collectives_.waiting.empty() && !CheckOne(*collectives_.waiting.front(), now, &collectives_)) return;
+  if (messages_in_flight_ == 0) return;
+  for (auto& queue : sends_)
+    if (!queue.waiting.empty() && !CheckOne(*queue.waiting.front(), now, &queue)) return;
+  for (const auto& operation : inbox_.posted())
+    if (!CheckOne(*operation, now, nullptr)) return;  // the list may have changed
 }
 
 bool Communicator::Expose(int peer, const char* data, size_t nbytes, uint64_t* region, uint64_t* offset) {
   *region = 0;
-  *offset = 0;
+  *offset = reinterpret_cast<uint64_t>(data);
   if (channels_[static_cast<size_t>(peer)].sockets[kCollectiveLane].valid()) return true;
   return context_->roster().Announce(WorldRank(peer), data, nbytes, region, offset);
 }
 
 char* Communicator::Attach(int peer, uint64_t region, uint64_t offset) { return context_->MapRegion(WorldRank(peer), region, offset); }
 
-char* Communicator::Scratch(size_t nbytes) {
+bool Communicator::Read(int peer, uint64_t address, char* dst, size_t nbytes) { return context_->roster().Read(WorldRank(peer), address, dst, nbytes); }
+
+char* Communicator::Grown(std::unique_ptr<char[]>* memory, size_t* held_nbytes, size_t nbytes) {
   constexpr size_t kAlignment = 64;
-  if (nbytes + kAlignment > scratch_nbytes_) {
-    scratch_nbytes_ = nbytes + kAlignment;
-    scratch_.reset(new char[scratch_nbytes_]);  // not zeroed: a schedule never reads what it has not written
+  if (nbytes + kAlignment > *held_nbytes) {
+    *held_nbytes = nbytes + kAlignment;
+    memory->reset(new char[*held_nbytes]);  // not zeroed: nobody reads what he has not written
   }
-  return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(scratch_.get()) + kAlignment - 1) & ~(kAlignment - 1));
+  return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory->get()) + kAlignment - 1) & ~(kAlignment - 1));
 }
 
 }  // namespace ringfold

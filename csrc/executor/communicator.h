@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "common/descriptor.h"
+#include "executor/inbox.h"
 #include "executor/operation.h"
 #include "memory/mapping.h"
 #include "transport/channel.h"
@@ -48,8 +49,8 @@ class Communicator : public Peers {
   const Program* program(size_t number) const { return number < programs_.size() ? programs_[number].get() : nullptr; }
   const Program* MessageProgram(Kind kind, int peer);
 
-  // Queues an operation. `peer`: the other end of a message, else -1.
-  std::shared_ptr<Operation> Issue(Request request, int peer);
+  // Queues an operation.
+  std::shared_ptr<Operation> Issue(Request request);
   bool Progress();
   bool busy() const { return in_flight_ > 0; }
 
@@ -60,6 +61,12 @@ class Communicator : public Peers {
   // Fails what has passed its deadline or waits for a peer that has left.
   void Check(uint64_t now);
 
+  // Whether every member can read any memory of every other (process_vm_readv): known once it is open, and the same on all.
+  bool remote_reads() const { return remote_reads_; }
+  void set_remote_reads(bool possible) { remote_reads_ = possible; }
+  // Bytes of messages put aside, of scratch memory and of rings.
+  size_t held_nbytes() const { return inbox_.aside_nbytes() + scratch_nbytes_ + bounce_nbytes_ + arena_.size(); }
+
   // "all_reduce #412 (float32 x 1048576, ring over tcp, axis dp)"
   std::string Describe(const Operation& operation) const;
 
@@ -67,7 +74,9 @@ class Communicator : public Peers {
   Receiver* ReceiverFrom(int peer, Lane lane) override { return channels_[static_cast<size_t>(peer)].receivers[lane].get(); }
   bool Expose(int peer, const char* data, size_t nbytes, uint64_t* region, uint64_t* offset) override;
   char* Attach(int peer, uint64_t region, uint64_t offset) override;
-  char* Scratch(size_t nbytes) override;
+  bool Read(int peer, uint64_t address, char* dst, size_t nbytes) override;
+  char* Scratch(size_t nbytes) override { return Grown(&scratch_, &scratch_nbytes_, nbytes); }
+  char* Bounce(size_t nbytes) override { return Grown(&bounce_, &bounce_nbytes_, nbytes); }
 
  private:
   struct Channels {
@@ -81,12 +90,17 @@ class Communicator : public Peers {
     uint32_t next_sequence = 0;
   };
 
+  static char* Grown(std::unique_ptr<char[]>* memory, size_t* held_nbytes, size_t nbytes);
   bool Turn(OperationQueue* queue);
-  void Finish(OperationQueue* queue, Operation* operation);
+  bool TurnInbox();
+  void Close(Operation* operation);
+  // False: it has failed, and with it everything else.
+  bool CheckOne(const Operation& operation, uint64_t now, OperationQueue* queue);
+  bool HasLeft(int peer) const;
   void Broken(const Operation& operation);
   // How far it is and whom it waits for; `known`: a world rank that the message has described already.
   std::string Standing(const Operation& operation, int known) const;
-  std::vector<OperationQueue*> Queues();
+  std::string SiteOf(const Operation& operation) const;
 
   Context* context_;
   uint32_t id_;
@@ -97,12 +111,15 @@ class Communicator : public Peers {
   size_t ring_nbytes_ = 0;
   std::unique_ptr<char[]> scratch_;
   size_t scratch_nbytes_ = 0;
+  std::unique_ptr<char[]> bounce_;
+  size_t bounce_nbytes_ = 0;
+  bool remote_reads_ = false;
   std::vector<Channels> channels_;  // by rank in the communicator
   std::vector<std::unique_ptr<Program>> programs_;
   std::map<std::pair<Kind, int>, const Program*> message_programs_;
   OperationQueue collectives_;
-  std::vector<OperationQueue> sends_;     // by peer
-  std::vector<OperationQueue> receives_;  // by peer
+  std::vector<OperationQueue> sends_;  // by peer
+  Inbox inbox_;
   size_t in_flight_ = 0;
   size_t messages_in_flight_ = 0;
   Error error_;

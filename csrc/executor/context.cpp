@@ -1,5 +1,6 @@
 #include "executor/context.h"
 
+#include <fcntl.h>
 #include <sched.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
@@ -82,6 +83,14 @@ Error Context::Open(Communicator* communicator, size_t ring_nbytes, uint64_t tim
   for (const int fd : communicator->sockets()) Watch(fd, EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET);
   const std::vector<int>& members = communicator->members();
   const bool any_near = std::any_of(members.begin(), members.end(), [this](int m) { return roster_.at(m).near; });
+  // What a peer can read is known from its greeting.
+  const auto greeted = [this](int m) { return !roster_.at(m).near || roster_.at(m).page.valid(); };
+  while (!std::all_of(members.begin(), members.end(), greeted) && NowNs() < deadline) {
+    PumpLinks();
+    if (!error_.ok()) return error_;
+    if (!std::all_of(members.begin(), members.end(), greeted)) ReadEvents(10, &lock);
+  }
+  bool readable = std::all_of(members.begin(), members.end(), [this](int m) { return m == rank_ || roster_.at(m).readable; });
   if (any_near) {
     Error error = communicator->CreateArena(ring_nbytes);
     for (const int member : members) {
@@ -89,7 +98,7 @@ Error Context::Open(Communicator* communicator, size_t ring_nbytes, uint64_t tim
       if (!error.ok() || !peer.near) continue;
       if (peer.link == nullptr) return {ErrorCode::kPeerLost, member, peer.label + " has gone before axis " + communicator->name() + " was open"};
       const Mapping& arena = communicator->arena();
-      error = peer.link->Send(LinkType::kArena, communicator->id(), arena.size(), 0, "", {arena.fd()}, deadline);
+      error = peer.link->Send(LinkType::kArena, communicator->id(), arena.size(), readable ? 1 : 0, "", {arena.fd()}, deadline);
       if (!error.ok()) return {error.code, member, peer.label + ": " + error.text};
     }
     if (!error.ok()) return error;
@@ -102,14 +111,18 @@ Error Context::Open(Communicator* communicator, size_t ring_nbytes, uint64_t tim
       Peer& peer = roster_.at(members[i]);
       const auto arena = peer.arenas.find(communicator->id());
       if (peer.page.valid() && arena != peer.arenas.end()) {
-        communicator->AttachArena(static_cast<int>(i), std::move(arena->second), Bell(&peer.page_or_null()->sleeping, peer.doorbell.get()));
+        readable = readable && arena->second.is_readable;
+        communicator->AttachArena(static_cast<int>(i), std::move(arena->second.memory), Bell(&peer.page_or_null()->sleeping, peer.doorbell.get()));
         peer.arenas.erase(arena);
       }
       if (members[i] == rank_ || communicator->SenderTo(static_cast<int>(i), kMessageLane) != nullptr) continue;
       missing += (missing.empty() ? "" : ", ") + peer.label;
       if (peer.left) return {ErrorCode::kPeerLost, members[i], peer.label + " left before axis " + communicator->name() + " was open"};
     }
-    if (missing.empty()) return {};
+    if (missing.empty()) {
+      communicator->set_remote_reads(readable);
+      return {};
+    }
     if (NowNs() >= deadline)
       return {ErrorCode::kTimeout, -1,
               "axis " + communicator->name() + " (rank " + std::to_string(rank_) + " is a member) was not opened by: " + missing +
@@ -130,12 +143,11 @@ size_t Context::Keep(Communicator* communicator, std::unique_ptr<Program> progra
   return communicator->Keep(std::move(program));
 }
 
-std::shared_ptr<Operation> Context::Issue(Communicator* communicator, Request request, int peer, bool awaited) {
+std::shared_ptr<Operation> Context::Issue(Communicator* communicator, Request request, bool awaited) {
   submitters_.fetch_add(1);
   std::unique_lock<std::mutex> lock(mutex_);
   submitters_.fetch_sub(1);
-  if (peer >= 0) request.program = communicator->MessageProgram(request.op == OpCode::kSend ? Kind::kSend : Kind::kRecv, peer);
-  auto operation = communicator->Issue(std::move(request), peer);
+  auto operation = communicator->Issue(std::move(request));
   // The first step is this thread's, so that peers can start; a small operation may end right here.
   Progress();
   if (!awaited && !operation->finished() && inline_waiters_ == 0) WakeThread();
@@ -167,7 +179,8 @@ bool Context::Wait(const Operation& operation, uint64_t until_ns) {
   submitters_.fetch_sub(1);
   ++inline_waiters_;
   page_->sleeping.store(0, std::memory_order_relaxed);  // this thread listens now
-  uint64_t now = NowNs();
+  const uint64_t began = NowNs();
+  uint64_t now = began;
   uint64_t spin_until = now + spin_ns_;
   uint64_t look_at_links = now + kLookAtLinks;
   int idle = 0;
@@ -200,6 +213,7 @@ bool Context::Wait(const Operation& operation, uint64_t until_ns) {
     Sleep(&lock, until_ns, &inline_sleepers_);
   }
   --inline_waiters_;
+  recorder_.Waited(operation, NowNs() - began);
   if (inline_waiters_ == 0 && Busy()) WakeThread();
   return operation.finished();
 }
@@ -280,6 +294,10 @@ void Context::RunThread() {
 void Context::PumpLinks() {
   for (const Notice& notice : roster_.Pump()) {
     if (notice.kind == Notice::Kind::kLost && !closed_) Lost(notice.error.peer);
+    if (notice.kind == Notice::Kind::kAsk) {
+      const OperationRecord* record = Recorder::Find(page_, notice.communicator, notice.operation, notice.sequence);
+      roster_.TellAnswer(notice.error.peer, record == nullptr ? "" : recorder_.Site(record->site));
+    }
     if (notice.kind != Notice::Kind::kAbort) continue;
     for (const auto& communicator : communicators_)
       if (communicator->id() == notice.communicator) communicator->Fail(notice.error);
@@ -311,11 +329,40 @@ void Context::Cancel(Communicator* communicator, const std::string& why) {
   Abort(*communicator, {ErrorCode::kClosed, rank_, why});
 }
 
+size_t Context::HeldNBytes(const Communicator* communicator) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  return communicator->held_nbytes();
+}
+
 char* Context::MapRegion(int world_rank, uint64_t region, uint64_t offset) {
   char* mapped = roster_.MapRegion(world_rank, region, offset);
   if (mapped != nullptr) return mapped;
   PumpLinks();  // the descriptor was sent before the frame that names it
   return roster_.MapRegion(world_rank, region, offset);
+}
+
+std::string Context::SiteAt(int world_rank, uint32_t communicator, uint8_t operation, uint32_t sequence) {
+  Peer& peer = roster_.at(world_rank);
+  if (const Page* page = peer.page_or_null()) {
+    const OperationRecord* record = Recorder::Find(page, communicator, operation, sequence);
+    return record == nullptr ? "" : Recorder::Site(page, record->site);
+  }
+  roster_.TellAsk(world_rank, communicator, operation, sequence);
+  // Its waiter reads links every 0.2 ms, its native thread every 0.1 s.
+  const uint64_t deadline = NowNs() + 300 * kMillisecond;
+  while (peer.answer.empty() && peer.link != nullptr && NowNs() < deadline) {
+    sched_yield();
+    PumpLinks();
+  }
+  return peer.answer.empty() ? "" : peer.answer.substr(1);
+}
+
+std::vector<std::pair<int, int>> Context::PeerPages() {
+  std::unique_lock<std::mutex> lock(mutex_);
+  std::vector<std::pair<int, int>> pages;
+  for (int r = 0; r < roster_.size(); ++r)
+    if (roster_.at(r).page.valid()) pages.emplace_back(r, fcntl(roster_.at(r).page.fd(), F_DUPFD_CLOEXEC, 0));
+  return pages;
 }
 
 void Context::Close(bool farewell) {

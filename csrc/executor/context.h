@@ -10,6 +10,7 @@
 #include <mutex>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "common/descriptor.h"
@@ -42,11 +43,12 @@ class Context {
 
   // Keeps a compiled schedule for Request::program; returns its number.
   size_t Keep(Communicator* communicator, std::unique_ptr<Program> program);
-  // Queues an operation and takes its first steps. `peer`: the other end of a message, else -1. `awaited`: the caller goes on to Wait at once.
-  std::shared_ptr<Operation> Issue(Communicator* communicator, Request request, int peer, bool awaited);
+  // Queues an operation and takes its first steps. `awaited`: the caller goes on to Wait at once.
+  std::shared_ptr<Operation> Issue(Communicator* communicator, Request request, bool awaited);
   // Makes progress until the operation is finished or `until_ns`. True if it is finished.
   bool Wait(const Operation& operation, uint64_t until_ns);
   void Cancel(Communicator* communicator, const std::string& why);
+  size_t HeldNBytes(const Communicator* communicator);
 
   // Ends everything, with a farewell to the peers unless this rank has failed. Afterwards only the destructor may be called.
   void Close(bool farewell = true);
@@ -54,6 +56,8 @@ class Context {
   void Forked();
 
   int rank() const { return rank_; }
+  // (world rank, a new descriptor of its page) of every near peer, the dead included.
+  std::vector<std::pair<int, int>> PeerPages();
 
   // For communicators, under the mutex.
   Recorder& recorder() { return recorder_; }
@@ -64,6 +68,8 @@ class Context {
   // Fails a communicator here and on its other members.
   void Abort(Communicator& communicator, const Error& error);
   char* MapRegion(int world_rank, uint64_t region, uint64_t offset);
+  // " at train.py:41 in step": where a peer issued an operation, as far as it can be found out in a moment.
+  std::string SiteAt(int world_rank, uint32_t communicator, uint8_t operation, uint32_t sequence);
 
  private:
   bool Progress();

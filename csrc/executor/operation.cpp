@@ -23,6 +23,7 @@ Operation::Operation(Request request, Fingerprint fingerprint, int rank, int siz
     for (uint32_t c = 0; c <= request_.program->chunks; ++c) request_.offsets.push_back(chunks.Offset(c));
   }
   exposed_.assign(static_cast<size_t>(size), nullptr);
+  addresses_.assign(static_cast<size_t>(size), 0);
   Load(request_.program);
 }
 
@@ -44,13 +45,14 @@ char* Operation::Base(Buffer buffer, uint16_t chunk) const {
   if (buffer == Buffer::kScratch) return scratch_ + slot_nbytes_ * chunk;
   const bool full = buffer == Buffer::kInput ? program_->input_full : program_->output_full;
   char* base = buffer == Buffer::kInput ? request_.input : request_.output;
-  return full ? base + request_.offsets[chunk] * element_ : base;
+  return full ? base + OffsetsOf(buffer)[chunk] * element_ : base;
 }
 
 void Operation::Range(const Block& block, size_t* begin, size_t* nbytes) const {
   // Slot k of the scratch is cut as chunk k (modulo their number) is.
   const size_t chunk = block.chunk % program_->chunks;
-  const size_t length = request_.offsets[chunk + 1] - request_.offsets[chunk];
+  const std::vector<uint64_t>& offsets = OffsetsOf(block.buffer);
+  const size_t length = offsets[chunk + 1] - offsets[chunk];
   const Partition segments(length, program_->segments, align_);
   *begin = segments.Offset(block.segment) * element_;
   *nbytes = segments.Offset(block.segment + 1) * element_ - *begin;
@@ -73,6 +75,32 @@ unsigned Operation::Divisor(const Step& step) const {
   return step.final && request_.reduction == Reduction::Avg ? static_cast<unsigned>(size_) : 1;
 }
 
+bool Operation::Matches(const FrameHeader& header, size_t nbytes, int peer) {
+  if (header.fingerprint == fingerprint_ && header.nbytes == nbytes) return true;
+  mismatched_ = true;
+  foreign_ = header;
+  broken_peer_ = peer;
+  return false;
+}
+
+void Operation::Bind(const Program* program, const FrameHeader& header) {
+  bound_ = true;
+  request_.peer = program->steps[0].peer;
+  fingerprint_.sequence = header.fingerprint.sequence;
+  Load(program);
+}
+
+void Operation::Deliver(int sender, const FrameHeader& header, const char* payload) {
+  bound_ = true;
+  request_.peer = sender;
+  fingerprint_.sequence = header.fingerprint.sequence;
+  const size_t nbytes = request_.count * element_;
+  if (!Matches(header, nbytes, request_.peer)) return;
+  if (nbytes > 0) std::memcpy(request_.output, payload, nbytes);
+  remaining_ = 0;
+  finished_.store(true, std::memory_order_release);
+}
+
 Io Operation::RunReceive(const Step& step, Peers* peers) {
   Receiver* receiver = peers->ReceiverFrom(step.peer, lane());
   FrameHeader header;
@@ -80,12 +108,7 @@ Io Operation::RunReceive(const Step& step, Peers* peers) {
   if (arrived != Io::kDone) return arrived;
   const Span dst = At(step.dst);
   const bool attach = step.kind == Kind::kAttach;
-  if (header.fingerprint != fingerprint_ || header.nbytes != (attach ? 0 : dst.nbytes)) {
-    mismatched_ = true;
-    foreign_ = header;
-    broken_peer_ = step.peer;
-    return Io::kBroken;
-  }
+  if (!Matches(header, attach ? 0 : dst.nbytes, step.peer)) return Io::kBroken;
   Sink sink;
   sink.dst = dst.data;
   sink.nbytes = header.nbytes;
@@ -98,6 +121,7 @@ Io Operation::RunReceive(const Step& step, Peers* peers) {
   if (attach) {
     char* data = header.region == 0 ? nullptr : peers->Attach(step.peer, header.region, header.offset);
     exposed_[static_cast<size_t>(step.peer)] = data;
+    addresses_[static_cast<size_t>(step.peer)] = header.offset;
     unregistered_ = unregistered_ || header.region == 0;
     unshared_ = data == nullptr && header.region != 0;
     if (unshared_) return Io::kBroken;
@@ -107,42 +131,74 @@ Io Operation::RunReceive(const Step& step, Peers* peers) {
 
 Io Operation::RunExpose(const Step& step, Peers* peers) {
   const Buffer buffer = exposed_buffer();
-  const bool full = buffer == Buffer::kInput ? program_->input_full : program_->output_full;
+  const bool to_each_its_own = request_.op == OpCode::kAllToAll;
   const size_t own = static_cast<size_t>(rank_);
-  char* data = buffer == Buffer::kInput ? request_.input : request_.output;
-  const size_t count = full ? request_.count : request_.offsets[own + 1] - request_.offsets[own];
+  const size_t chunk = to_each_its_own ? static_cast<size_t>(step.peer) : own;
+  char* base = buffer == Buffer::kInput ? request_.input : request_.output;
+  char* data = to_each_its_own ? base + request_.offsets[chunk] * element_ : base;
+  const size_t count = exposes_all() ? request_.count : request_.offsets[chunk + 1] - request_.offsets[chunk];
   FrameHeader header;
   header.fingerprint = fingerprint_;
   unshared_ = !peers->Expose(step.peer, data, count * element_, &header.region, &header.offset);
   if (unshared_) return Io::kBroken;
   unregistered_ = unregistered_ || header.region == 0;
-  exposed_[own] = data;
+  exposed_[own] = base;
   return peers->SenderTo(step.peer, lane())->Send(header, nullptr);
 }
 
-void Operation::RunFold(const Step& step) {
-  size_t begin, nbytes;
-  Range(step.dst, &begin, &nbytes);
-  begin += request_.offsets[step.dst.chunk] * element_;
-  void* own = At(step.dst).data;
-  std::vector<const void*> srcs(static_cast<size_t>(size_));
-  std::vector<void*> dsts;
-  for (size_t r = 0; r < srcs.size(); ++r) {
-    srcs[r] = exposed_[r] + begin;
-    if (step.spread) dsts.push_back(exposed_[r] + begin);
-  }
-  if (!step.spread) dsts.push_back(own);
-  Fold(request_.dtype, request_.reduction, dsts.data(), dsts.size(), srcs.data(), srcs.size(), nbytes / element_,
-       request_.reduction == Reduction::Avg ? static_cast<unsigned>(size_) : 1);
+Io Operation::Unreachable(int peer) {
+  unshared_ = true;
+  broken_peer_ = peer;
+  return Io::kBroken;
 }
 
-void Operation::RunPull(const Step& step) {
+Io Operation::RunFold(const Step& step, Peers* peers) {
+  // Of vectors that are not mapped here, so much at a time is fetched from each; two of them and the result stay in the second-level cache.
+  constexpr size_t kFetched = 128 * 1024;
   size_t begin, nbytes;
   Range(step.dst, &begin, &nbytes);
-  const bool full = exposed_buffer() == Buffer::kInput ? program_->input_full : program_->output_full;
-  if (full) begin += request_.offsets[step.dst.chunk] * element_;
-  const Span dst = At(step.dst);
-  if (nbytes > 0) std::memcpy(dst.data, exposed_[static_cast<size_t>(step.peer)] + begin, nbytes);
+  char* own = At(step.dst).data;
+  if (exposes_all()) begin += request_.offsets[step.dst.chunk] * element_;
+  const size_t ranks = static_cast<size_t>(size_);
+  std::vector<const void*> srcs(ranks);
+  std::vector<void*> dsts;
+  const size_t remote = static_cast<size_t>(std::count(exposed_.begin(), exposed_.end(), nullptr));
+  char* const fetched = remote > 0 ? peers->Bounce(remote * kFetched) : nullptr;
+  const size_t most = remote > 0 ? kFetched : nbytes;
+  for (size_t at = 0; at < nbytes; at += most) {
+    const size_t piece = std::min(most, nbytes - at);
+    char* slot = fetched;
+    for (size_t r = 0; r < ranks; ++r) {
+      srcs[r] = exposed_[r] + begin + at;
+      if (exposed_[r] != nullptr) continue;
+      if (!peers->Read(static_cast<int>(r), addresses_[r] + begin + at, slot, piece)) return Unreachable(static_cast<int>(r));
+      srcs[r] = slot;
+      slot += kFetched;
+    }
+    dsts.clear();
+    if (step.spread) {
+      for (char* vector : exposed_) dsts.push_back(vector + begin + at);
+    } else {
+      dsts.push_back(step.peer < 0 ? own + at : exposed_[static_cast<size_t>(step.peer)] + begin + at);
+    }
+    Fold(request_.dtype, request_.reduction, dsts.data(), dsts.size(), srcs.data(), ranks, piece / element_,
+         request_.reduction == Reduction::Avg ? static_cast<unsigned>(size_) : 1);
+  }
+  return Io::kDone;
+}
+
+Io Operation::RunPull(const Step& step, Peers* peers) {
+  size_t begin, nbytes;
+  Range(step.dst, &begin, &nbytes);
+  if (exposes_all()) begin += request_.offsets[step.dst.chunk] * element_;
+  char* dst = At(step.dst).data;
+  const size_t peer = static_cast<size_t>(step.peer);
+  if (nbytes == 0) return Io::kDone;
+  if (exposed_[peer] != nullptr) {
+    std::memcpy(dst, exposed_[peer] + begin, nbytes);
+    return Io::kDone;
+  }
+  return peers->Read(step.peer, addresses_[peer] + begin, dst, nbytes) ? Io::kDone : Unreachable(step.peer);
 }
 
 Io Operation::Run(const Step& step, Peers* peers) {
@@ -174,11 +230,9 @@ Io Operation::Run(const Step& step, Peers* peers) {
       return Io::kDone;
     }
     case Kind::kFold:
-      RunFold(step);
-      return Io::kDone;
+      return RunFold(step, peers);
     case Kind::kPull:
-      RunPull(step);
-      return Io::kDone;
+      return RunPull(step, peers);
     case Kind::kFence:
       return Io::kDone;
   }
@@ -201,7 +255,7 @@ bool Operation::Advance(Peers* peers) {
         moved = true;
         if (io == Io::kMoved) break;
         if (io == Io::kBroken) {
-          broken_peer_ = step.peer;
+          if (broken_peer_ < 0) broken_peer_ = step.peer;
           return true;
         }
         done_[index] = 1;
@@ -232,6 +286,7 @@ void Operation::Fail(Error error) {
 }
 
 int Operation::WaitingFor() const {
+  if (request_.op == OpCode::kRecv) return request_.peer;
   for (const Queue::Role role : {Queue::Role::kReceive, Queue::Role::kSend}) {
     for (size_t q = 0; q < program_->queues.size(); ++q) {
       const Queue& queue = program_->queues[q];

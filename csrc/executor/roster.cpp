@@ -1,7 +1,10 @@
 #include "executor/roster.h"
 
+#include <sys/socket.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <utility>
 
 #include "common/deadline.h"
@@ -17,12 +20,15 @@ void Roster::Add(int peer, int fd, bool near, std::string label) {
   at(peer).label = std::move(label);
   at(peer).near = near;
   at(peer).link = std::make_unique<Link>(fd);
+  ucred credentials = {};
+  socklen_t nbytes = sizeof credentials;
+  if (near && getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &credentials, &nbytes) == 0) at(peer).pid = credentials.pid;
 }
 
 Error Roster::Greet(int page_fd, int doorbell_fd, uint64_t deadline_ns) {
   for (Peer& peer : peers_) {
     if (peer.link == nullptr || !peer.near) continue;
-    const Error error = peer.link->Send(LinkType::kHello, sizeof(Page), 0, 0, "", {page_fd, doorbell_fd}, deadline_ns);
+    const Error error = peer.link->Send(LinkType::kHello, sizeof(Page), reinterpret_cast<uint64_t>(&probe_), probe_, "", {page_fd, doorbell_fd}, deadline_ns);
     if (!error.ok()) return {error.code, -1, peer.label + ": " + error.text};
   }
   return {};
@@ -57,9 +63,13 @@ void Roster::Take(int world_rank, LinkMessage message, std::vector<Notice>* noti
     case LinkType::kHello:
       peer.page = mapping(message.a);
       if (message.descriptors.size() > 1) peer.doorbell = std::move(message.descriptors[1]);
+      {
+        uint64_t seen = 0;
+        peer.readable = Read(world_rank, message.b, reinterpret_cast<char*>(&seen), sizeof seen) && seen == message.c;
+      }
       break;
     case LinkType::kArena:
-      peer.arenas[static_cast<uint32_t>(message.a)] = mapping(message.b);
+      peer.arenas[static_cast<uint32_t>(message.a)] = {mapping(message.b), message.c != 0};
       break;
     case LinkType::kRegion:
       peer.regions[message.a] = mapping(message.b);
@@ -80,7 +90,15 @@ void Roster::Take(int world_rank, LinkMessage message, std::vector<Notice>* noti
       peer.told.sequence = static_cast<uint32_t>(message.a);
       peer.told.waiting_for = static_cast<int32_t>(message.b) - 1;
       peer.told.state.store(static_cast<uint8_t>(RecordState::kStarted));
+      peer.told_site = message.text;
       peer.told_ns = NowNs();
+      break;
+    case LinkType::kAsk:
+      notices->push_back({Notice::Kind::kAsk, static_cast<uint32_t>(message.a), {ErrorCode::kNone, world_rank, ""},
+                          static_cast<uint8_t>(message.b >> 32), static_cast<uint32_t>(message.b)});
+      break;
+    case LinkType::kAnswer:
+      peer.answer = " " + message.text;
       break;
     case LinkType::kBye:
       peer.left = true;
@@ -114,6 +132,19 @@ char* Roster::MapRegion(int world_rank, uint64_t region, uint64_t offset) const 
   return found->second.data() + offset;
 }
 
+bool Roster::Read(int world_rank, uint64_t address, char* dst, size_t nbytes) const {
+  // Longer calls are cut short by the kernel at MAX_RW_COUNT.
+  constexpr size_t kMost = size_t{1} << 30;
+  for (size_t at = 0; at < nbytes;) {
+    const iovec here = {dst + at, std::min(kMost, nbytes - at)};
+    const iovec there = {reinterpret_cast<void*>(address + at), here.iov_len};
+    const ssize_t n = process_vm_readv(this->at(world_rank).pid, &here, 1, &there, 1, 0);
+    if (n <= 0) return false;
+    at += static_cast<size_t>(n);
+  }
+  return true;
+}
+
 const OperationRecord* Roster::LastRecord(int world_rank, uint64_t since_ns) const {
   const Peer& peer = at(world_rank);
   if (peer.page_or_null() != nullptr) return Recorder::Last(peer.page_or_null());
@@ -122,7 +153,9 @@ const OperationRecord* Roster::LastRecord(int world_rank, uint64_t since_ns) con
 
 std::string Roster::LastOperation(int world_rank, uint64_t since_ns) const {
   const OperationRecord* last = LastRecord(world_rank, since_ns);
-  if (last != nullptr) return ", whose last operation was " + Recorder::Describe(*last);
+  const Page* page = at(world_rank).page_or_null();
+  if (last != nullptr)
+    return ", whose last operation was " + Recorder::Describe(*last) + (page != nullptr ? Recorder::Site(page, last->site) : at(world_rank).told_site);
   return at(world_rank).page_or_null() != nullptr ? ", which has issued no operation yet" : "";
 }
 
@@ -166,8 +199,19 @@ void Roster::TellStanding(Page* own_page, uint64_t now) {
   for (Peer& peer : peers_) {
     if (peer.near || peer.link == nullptr) continue;
     const uint64_t operation = uint64_t{last->operation} << 32 | last->sequence;
-    peer.link->Send(LinkType::kStanding, operation, static_cast<uint64_t>(last->waiting_for + 1), 0, "", {}, now + kMillisecond);
+    peer.link->Send(LinkType::kStanding, operation, static_cast<uint64_t>(last->waiting_for + 1), 0, Recorder::Site(own_page, last->site), {}, now + kMillisecond);
   }
+}
+
+void Roster::TellAsk(int world_rank, uint32_t communicator, uint8_t operation, uint32_t sequence) {
+  Peer& peer = at(world_rank);
+  peer.answer.clear();
+  if (peer.link != nullptr) peer.link->Send(LinkType::kAsk, communicator, uint64_t{operation} << 32 | sequence, 0, "", {}, NowNs() + 100 * kMillisecond);
+}
+
+void Roster::TellAnswer(int world_rank, const std::string& text) {
+  Peer& peer = at(world_rank);
+  if (peer.link != nullptr) peer.link->Send(LinkType::kAnswer, 0, 0, 0, text, {}, NowNs() + 100 * kMillisecond);
 }
 
 void Roster::TellFarewell() {

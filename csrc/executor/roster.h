@@ -17,29 +17,40 @@
 
 namespace ringfold {
 
+struct Arena {
+  Mapping memory;
+  bool is_readable = false;  // its owner can read the memory of all members
+};
+
 struct Peer {
   std::string label;  // "rank 1 (node-a, pid 4121)"
   bool near = false;  // on this host: memory can be shared
+  int pid = 0;            // of a near peer, as this process sees it
+  bool readable = false;  // process_vm_readv works
   std::unique_ptr<Link> link;
   bool left = false;  // it said farewell
   bool lost = false;
   Mapping page;
   Descriptor doorbell;
-  std::map<uint32_t, Mapping> arenas;   // by communicator, not yet attached
+  std::map<uint32_t, Arena> arenas;     // by communicator, not yet attached
   std::map<uint64_t, Mapping> regions;  // its registered memory, as mapped here
   std::set<uint64_t> announced;         // regions of ours that it has
   OperationRecord told = {};            // far peers: what it has been waiting in
+  std::string told_site;
   uint64_t told_ns = 0;
+  std::string answer;  // far peers: to TellAsk, with a blank in front of what it says
 
   Page* page_or_null() const { return reinterpret_cast<Page*>(page.data()); }
 };
 
 // What a peer has said, or its silence, that concerns operations.
 struct Notice {
-  enum class Kind { kAbort, kLost };
+  enum class Kind { kAbort, kLost, kAsk };
   Kind kind;
-  uint32_t communicator;  // kAbort
-  Error error;            // kAbort: as this rank should report it; kLost: only the peer
+  uint32_t communicator;  // kAbort, kAsk
+  Error error;            // kAbort: as this rank should report it; kLost, kAsk: only the peer
+  uint8_t operation = 0;  // kAsk
+  uint32_t sequence = 0;  // kAsk
 };
 
 class Roster {
@@ -53,6 +64,7 @@ class Roster {
   // Reads all links to their ends.
   std::vector<Notice> Pump();
 
+  int size() const { return static_cast<int>(peers_.size()); }
   Peer& at(int world_rank) { return peers_[static_cast<size_t>(world_rank)]; }
   const Peer& at(int world_rank) const { return peers_[static_cast<size_t>(world_rank)]; }
 
@@ -60,6 +72,8 @@ class Roster {
   bool Announce(int world_rank, const char* data, size_t nbytes, uint64_t* region, uint64_t* offset);
   // The address here of a peer's registered memory, or null.
   char* MapRegion(int world_rank, uint64_t region, uint64_t offset) const;
+  // Copies from any memory of a near peer; false if the kernel does not let us.
+  bool Read(int world_rank, uint64_t address, char* dst, size_t nbytes) const;
 
   // ", whose last operation was all_gather #411 (done)". Far ranks tell only what they wait for; what they told before `since_ns` does not count.
   std::string LastOperation(int world_rank, uint64_t since_ns) const;
@@ -70,6 +84,9 @@ class Roster {
   void TellLost(int world_rank);
   // Tells far peers what this rank has been waiting for, the first time after 250 ms, then each time that span has doubled.
   void TellStanding(Page* own_page, uint64_t now);
+  // Asks a far peer where it issued an operation; answers such a question.
+  void TellAsk(int world_rank, uint32_t communicator, uint8_t operation, uint32_t sequence);
+  void TellAnswer(int world_rank, const std::string& text);
   void TellFarewell();
 
   void Clear();
@@ -84,6 +101,7 @@ class Roster {
   Pool* const pool_;
   std::vector<Peer> peers_;  // by world rank; the own entry has only a label
   size_t freed_cursor_ = 0;
+  const uint64_t probe_ = 0x72696e67666f6c64;  // what peers read to see whether they can
   uint64_t told_record_ = UINT64_MAX;  // the operation last told to far peers
   uint64_t tell_after_ns_ = 0;         // it is told again when it has waited this long
 };

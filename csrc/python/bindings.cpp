@@ -241,8 +241,20 @@ PyObject* AddProgram(PyObject*, PyObject* const* args, Py_ssize_t n) {
   return PyLong_FromSize_t((*handle)->owner->context->Keep((*handle)->communicator, std::move(program)));
 }
 
-// (communicator, program, op, dtype, reduction, root, count, offsets or None, input, output, timeout seconds)
-constexpr Py_ssize_t kRequestArguments = 11;
+// (communicator, program, op, dtype, reduction, root, count, offsets or None, of OUTPUT where they differ or None, input, output, timeout seconds,
+// call site)
+constexpr Py_ssize_t kRequestArguments = 13;
+
+// Bytes that hold chunk offsets. False with an exception set if they are not bytes.
+bool ParseOffsets(PyObject* from, std::vector<uint64_t>* offsets) {
+  if (from == Py_None) return true;
+  char* bytes;
+  Py_ssize_t nbytes;
+  if (PyBytes_AsStringAndSize(from, &bytes, &nbytes) != 0) return false;
+  const uint64_t* words = reinterpret_cast<const uint64_t*>(bytes);
+  offsets->assign(words, words + static_cast<size_t>(nbytes) / sizeof(uint64_t));
+  return true;
+}
 
 bool ParseRequest(PyObject* const* args, Communicator* communicator, Request* request) {
   request->program = communicator->program(PyLong_AsSize_t(args[1]));
@@ -251,20 +263,17 @@ bool ParseRequest(PyObject* const* args, Communicator* communicator, Request* re
   request->reduction = static_cast<Reduction>(PyLong_AsLong(args[4]));
   request->root = static_cast<int>(PyLong_AsLong(args[5]));
   request->count = PyLong_AsSize_t(args[6]);
-  if (args[7] != Py_None) {
-    char* bytes;
-    Py_ssize_t nbytes;
-    if (PyBytes_AsStringAndSize(args[7], &bytes, &nbytes) != 0) return false;
-    const uint64_t* offsets = reinterpret_cast<const uint64_t*>(bytes);
-    request->offsets.assign(offsets, offsets + static_cast<size_t>(nbytes) / sizeof(uint64_t));
-  }
-  request->input = Address(args[8]);
-  request->output = Address(args[9]);
-  request->timeout_ns = Nanoseconds(args[10]);
+  if (!ParseOffsets(args[7], &request->offsets) || !ParseOffsets(args[8], &request->output_offsets)) return false;
+  request->input = Address(args[9]);
+  request->output = Address(args[10]);
+  request->timeout_ns = Nanoseconds(args[11]);
+  request->site = static_cast<uint16_t>(PyLong_AsLong(args[12]));
   if (PyErr_Occurred()) return false;
+  const auto fit = [&](const std::vector<uint64_t>& offsets) { return offsets.empty() || offsets.size() == request->program->chunks + 1; };
   const bool sane = request->program != nullptr && ValidDType(static_cast<unsigned>(request->dtype)) &&
                     ValidReduction(static_cast<unsigned>(request->reduction)) &&
-                    (request->offsets.empty() || request->offsets.size() == request->program->chunks + 1);
+                    (!IsReduction(request->op) || Supports(request->dtype, request->reduction)) && fit(request->offsets) &&
+                    fit(request->output_offsets) && (request->op != OpCode::kAllToAll || !request->offsets.empty());
   if (!sane) PyErr_SetString(PyExc_ValueError, "malformed request");
   return sane;
 }
@@ -277,7 +286,7 @@ PyObject* Run(PyObject*, PyObject* const* args, Py_ssize_t n) {
   std::shared_ptr<Operation> operation;
   Context* context = (*handle)->owner->context.get();
   Py_BEGIN_ALLOW_THREADS;
-  operation = context->Issue((*handle)->communicator, std::move(request), -1, true);
+  operation = context->Issue((*handle)->communicator, std::move(request), true);
   Py_END_ALLOW_THREADS;
   if (!Finish(handle->get(), *operation)) return nullptr;
   return Outcome(operation->error());
@@ -290,35 +299,76 @@ PyObject* Begin(PyObject*, PyObject* const* args, Py_ssize_t n) {
   if (handle == nullptr || !ParseRequest(args, (*handle)->communicator, &request)) return nullptr;
   std::shared_ptr<Operation> operation;
   Py_BEGIN_ALLOW_THREADS;
-  operation = (*handle)->owner->context->Issue((*handle)->communicator, std::move(request), -1, false);
+  operation = (*handle)->owner->context->Issue((*handle)->communicator, std::move(request), false);
   Py_END_ALLOW_THREADS;
   return MakeCapsule(std::make_shared<WorkHandle>(WorkHandle{*handle, std::move(operation)}), kWorkName);
 }
 
-// message(communicator, is send, peer, dtype, count, address, timeout seconds) -> work
+// message(communicator, is send, peer or -1 (a receive from anybody), tag, dtype, count, address, timeout seconds, call site) -> work
 PyObject* Message(PyObject*, PyObject* const* args, Py_ssize_t n) {
-  if (!Expect(n, 7)) return nullptr;
+  if (!Expect(n, 9)) return nullptr;
   const auto* handle = OpenCommunicator(args[0]);
   if (handle == nullptr) return nullptr;
-  const bool is_send = PyObject_IsTrue(args[1]) != 0;
-  const int peer = static_cast<int>(PyLong_AsLong(args[2]));
   Request request;
-  request.op = is_send ? OpCode::kSend : OpCode::kRecv;
-  request.dtype = static_cast<DType>(PyLong_AsLong(args[3]));
-  request.count = PyLong_AsSize_t(args[4]);
-  request.output = Address(args[5]);
-  request.timeout_ns = Nanoseconds(args[6]);
+  request.op = PyObject_IsTrue(args[1]) != 0 ? OpCode::kSend : OpCode::kRecv;
+  request.peer = static_cast<int>(PyLong_AsLong(args[2]));
+  request.root = static_cast<int>(PyLong_AsLong(args[3]));
+  request.dtype = static_cast<DType>(PyLong_AsLong(args[4]));
+  request.count = PyLong_AsSize_t(args[5]);
+  request.output = Address(args[6]);
+  request.timeout_ns = Nanoseconds(args[7]);
+  request.site = static_cast<uint16_t>(PyLong_AsLong(args[8]));
   if (PyErr_Occurred()) return nullptr;
   Communicator* communicator = (*handle)->communicator;
-  if (peer < 0 || peer >= communicator->size() || peer == communicator->rank() || !ValidDType(static_cast<unsigned>(request.dtype))) {
+  const int first = request.op == OpCode::kRecv ? -1 : 0;
+  if (request.peer < first || request.peer >= communicator->size() || request.peer == communicator->rank() || request.root < 0 ||
+      !ValidDType(static_cast<unsigned>(request.dtype))) {
     PyErr_SetString(PyExc_ValueError, "malformed message");
     return nullptr;
   }
   std::shared_ptr<Operation> operation;
   Py_BEGIN_ALLOW_THREADS;
-  operation = (*handle)->owner->context->Issue(communicator, std::move(request), peer, false);
+  operation = (*handle)->owner->context->Issue(communicator, std::move(request), false);
   Py_END_ALLOW_THREADS;
   return MakeCapsule(std::make_shared<WorkHandle>(WorkHandle{*handle, std::move(operation)}), kWorkName);
+}
+
+// source(work) -> the rank at the other end of a message; of a receive from anybody known when it is done
+PyObject* Source(PyObject*, PyObject* capsule) {
+  const auto* work = FromCapsule<WorkHandle>(capsule, kWorkName);
+  return work == nullptr ? nullptr : PyLong_FromLong((*work)->operation->request().peer);
+}
+
+// remote_reads(communicator) -> whether its members can read any memory of one another
+PyObject* RemoteReads(PyObject*, PyObject* capsule) {
+  const auto* handle = OpenCommunicator(capsule);
+  return handle == nullptr ? nullptr : PyBool_FromLong((*handle)->communicator->remote_reads());
+}
+
+// held_nbytes(communicator) -> bytes of its rings, scratch memory and messages put aside
+PyObject* HeldNBytes(PyObject*, PyObject* capsule) {
+  const auto* handle = OpenCommunicator(capsule);
+  return handle == nullptr ? nullptr : PyLong_FromSize_t((*handle)->owner->context->HeldNBytes((*handle)->communicator));
+}
+
+// peer_pages(context) -> {world rank: a new descriptor of its page} for the peers on this host, the dead included
+PyObject* PeerPages(PyObject*, PyObject* capsule) {
+  const auto* handle = OpenContext(capsule);
+  if (handle == nullptr) return nullptr;
+  PyObject* pages = PyDict_New();
+  if (pages == nullptr) return nullptr;
+  for (const auto& [rank, fd] : (*handle)->context->PeerPages()) {
+    PyObject* key = PyLong_FromLong(rank);
+    PyObject* value = PyLong_FromLong(fd);
+    const bool bad = key == nullptr || value == nullptr || PyDict_SetItem(pages, key, value) != 0;
+    Py_XDECREF(key);
+    Py_XDECREF(value);
+    if (bad) {
+      Py_DECREF(pages);
+      return nullptr;
+    }
+  }
+  return pages;
 }
 
 PyObject* WaitWork(PyObject*, PyObject* capsule) {
@@ -364,6 +414,10 @@ PyMethodDef kMethods[] = {
     {"run", Fast(Run), METH_FASTCALL, nullptr},
     {"begin", Fast(Begin), METH_FASTCALL, nullptr},
     {"message", Fast(Message), METH_FASTCALL, nullptr},
+    {"source", Source, METH_O, nullptr},
+    {"remote_reads", RemoteReads, METH_O, nullptr},
+    {"held_nbytes", HeldNBytes, METH_O, nullptr},
+    {"peer_pages", PeerPages, METH_O, nullptr},
     {"wait", WaitWork, METH_O, nullptr},
     {"done", WorkDone, METH_O, nullptr},
     {"waited_seconds", WaitedSeconds, METH_O, nullptr},

@@ -1,142 +1,16 @@
-// A whole job in one process: every rank is a thread with its own Context, Pool and page, joined by socket pairs. So the sanitizers see all of the protocol.
-
-#include <sys/mman.h>
-#include <sys/socket.h>
-#include <unistd.h>
+// What a Context promises, with ranks as threads: right results, no blocking, errors that name who and what.
 
 #include <algorithm>
 #include <array>
-#include <functional>
 #include <memory>
 #include <random>
 #include <string>
-#include <thread>
 #include <vector>
 
-#include "common/deadline.h"
-#include "executor/context.h"
-#include "test/check.h"
+#include "test/job.h"
 
 namespace ringfold {
 namespace {
-
-constexpr size_t kRing = 16384;
-constexpr uint64_t kPatience = 30 * kSecond;
-
-int MakePage() {
-  const int fd = memfd_create("page", MFD_CLOEXEC);
-  CHECK(fd >= 0 && ftruncate(fd, sizeof(Page)) == 0);
-  return fd;
-}
-
-struct Rank {
-  Pool pool;
-  std::unique_ptr<Context> context;
-  std::vector<int> links;  // duplicates, by peer, to cut from outside
-};
-
-class Job {
- public:
-  Job(int size, bool near, uint64_t spin_ns = 0) : near_(near), ranks_(static_cast<size_t>(size)) {
-    for (int r = 0; r < size; ++r) {
-      Rank& rank = ranks_[static_cast<size_t>(r)];
-      rank.context = std::make_unique<Context>(r, size, "rank " + std::to_string(r), MakePage(), spin_ns, &rank.pool);
-      rank.links.assign(static_cast<size_t>(size), -1);
-    }
-    for (int a = 0; a < size; ++a) {
-      for (int b = a + 1; b < size; ++b) {
-        int fds[2];
-        CHECK(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fds) == 0);
-        at(a).links[static_cast<size_t>(b)] = dup(fds[0]);
-        at(a).context->AddPeer(b, fds[0], near, "rank " + std::to_string(b));
-        at(b).context->AddPeer(a, fds[1], near, "rank " + std::to_string(a));
-      }
-    }
-    for (Rank& rank : ranks_) CHECK(rank.context->Start(kPatience).ok());
-  }
-
-  ~Job() {
-    for (Rank& rank : ranks_)
-      for (const int fd : rank.links)
-        if (fd >= 0) close(fd);
-  }
-
-  Rank& at(int r) { return ranks_[static_cast<size_t>(r)]; }
-  int size() const { return static_cast<int>(ranks_.size()); }
-
-  // Makes one communicator on every member, its channels included; returns them by world rank.
-  std::vector<Communicator*> Communicate(uint32_t id, const std::vector<int>& members) {
-    std::vector<Communicator*> made(ranks_.size(), nullptr);
-    for (const int m : members) made[static_cast<size_t>(m)] = at(m).context->AddCommunicator(id, "axis" + std::to_string(id), members);
-    for (size_t a = 0; !near_ && a < members.size(); ++a) {
-      for (size_t b = a + 1; b < members.size(); ++b) {
-        for (const Lane lane : {kCollectiveLane, kMessageLane}) {
-          int fds[2];
-          CHECK(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0, fds) == 0);
-          made[static_cast<size_t>(members[a])]->AddSocket(static_cast<int>(b), lane, fds[0]);
-          made[static_cast<size_t>(members[b])]->AddSocket(static_cast<int>(a), lane, fds[1]);
-        }
-      }
-    }
-    std::vector<std::thread> opening;
-    for (const int m : members)
-      opening.emplace_back([&, m] { CHECK(at(m).context->Open(made[static_cast<size_t>(m)], kRing, kPatience).ok()); });
-    for (std::thread& thread : opening) thread.join();
-    return made;
-  }
-
-  void OnEachRank(const std::function<void(int, Context*)>& body) {
-    std::vector<std::thread> threads;
-    for (int r = 0; r < size(); ++r) threads.emplace_back([&, r] { body(r, at(r).context.get()); });
-    for (std::thread& thread : threads) thread.join();
-  }
-
- private:
-  bool near_;
-  std::vector<Rank> ranks_;
-};
-
-std::vector<int> Range(int n) {
-  std::vector<int> all;
-  for (int i = 0; i < n; ++i) all.push_back(i);
-  return all;
-}
-
-// A program with the plainest dependencies: every step waits for all earlier ones of other queues that touch its block, and for every fence.
-std::unique_ptr<Program> Finished(Program program, int size) {
-  const auto same = [](const Block& a, const Block& b) {
-    return a.present() && b.present() && a.chunk == b.chunk && a.segment == b.segment && (a.buffer == Buffer::kScratch) == (b.buffer == Buffer::kScratch);
-  };
-  std::string bytes;
-  const auto put = [&](auto value) { bytes.append(reinterpret_cast<const char*>(&value), sizeof value); };
-  for (const uint32_t word : {0x52465343u, program.chunks, program.segments, program.scratch_chunks, static_cast<uint32_t>(program.steps.size()), 1u, 1u, 1u, 0u}) put(word);
-  for (size_t i = 0; i < program.steps.size(); ++i) {
-    const Step& step = program.steps[i];
-    std::vector<uint32_t> after;
-    for (uint32_t j = 0; j < i; ++j) {
-      const Step& before = program.steps[j];
-      const bool fenced = step.kind == Kind::kFence || before.kind == Kind::kFence;
-      if (fenced || same(before.dst, step.src) || same(before.dst, step.dst) || same(before.src, step.dst)) after.push_back(j);
-    }
-    put(static_cast<uint8_t>(step.kind));
-    put(static_cast<uint8_t>(step.final));
-    put(static_cast<uint8_t>(step.spread));
-    put(uint8_t{0});
-    put(int32_t{step.peer});
-    for (const Block& block : {step.src, step.dst}) {
-      put(static_cast<uint8_t>(block.buffer));
-      put(uint8_t{0});
-      put(block.chunk);
-      put(block.segment);
-    }
-    put(static_cast<uint16_t>(after.size()));
-    for (const uint32_t j : after) put(j);
-  }
-  std::string why;
-  auto parsed = Program::Parse(bytes.data(), bytes.size(), size, &why);
-  CHECK(parsed != nullptr);
-  return parsed;
-}
 
 Block Out(int chunk, int segment) { return {Buffer::kOutput, static_cast<uint16_t>(chunk), static_cast<uint16_t>(segment)}; }
 
@@ -188,18 +62,6 @@ Request AllReduce(Communicator* communicator, size_t program, double* data, size
   return request;
 }
 
-Request Message(OpCode op, double* data, size_t count) {
-  Request request;
-  request.op = op;
-  request.dtype = DType::F64;
-  request.count = count;
-  request.output = reinterpret_cast<char*>(data);
-  request.timeout_ns = kPatience;
-  return request;
-}
-
-void WaitFor(Context* context, const Operation& operation) { CHECK(context->Wait(operation, NowNs() + kPatience)); }
-
 void RingSumsAreExact(bool near) {
   for (int size = 2; size <= 4; ++size) {
     Job job(size, near);
@@ -210,7 +72,7 @@ void RingSumsAreExact(bool near) {
       for (const size_t count : {size_t{0}, size_t{1}, size_t{3}, size_t{17}, size_t{1000}, size_t{40001}}) {
         std::vector<double> data(count);
         for (size_t i = 0; i < count; ++i) data[i] = static_cast<double>(i % 13 + static_cast<size_t>(r));
-        const auto operation = context->Issue(communicator, AllReduce(communicator, program, data.data(), count), -1, true);
+        const auto operation = context->Issue(communicator, AllReduce(communicator, program, data.data(), count), true);
         WaitFor(context, *operation);
         CHECK(operation->error().ok());
         for (size_t i = 0; i < count; ++i) CHECK(data[i] == static_cast<double>(static_cast<size_t>(size) * (i % 13)) + size * (size - 1) / 2.0);
@@ -230,7 +92,7 @@ void RegisteredMemoryIsFoldedWhereItLies() {
     for (int round = 0; round < 20; ++round) {
       auto* data = static_cast<double*>(job.at(r).pool.Allocate(kCount * sizeof(double)));
       for (size_t i = 0; i < kCount; ++i) data[i] = static_cast<double>(r + 1) * static_cast<double>(i);
-      const auto operation = context->Issue(communicator, AllReduce(communicator, program, data, kCount), -1, round % 2 == 0);
+      const auto operation = context->Issue(communicator, AllReduce(communicator, program, data, kCount), round % 2 == 0);
       WaitFor(context, *operation);
       CHECK(operation->error().ok());
       for (size_t i = 0; i < kCount; ++i) CHECK(data[i] == 6.0 * static_cast<double>(i));
@@ -258,7 +120,7 @@ void CommunicatorsDoNotWaitForOneAnother(bool near) {
       std::array<std::shared_ptr<Operation>, 3> operations;
       for (const size_t a : order) {
         data[a].assign(static_cast<size_t>(1 + (round * 37) % 3000), static_cast<double>(r + round));
-        operations[a] = context->Issue(axes[a], AllReduce(axes[a], programs[a], data[a].data(), data[a].size()), -1, false);
+        operations[a] = context->Issue(axes[a], AllReduce(axes[a], programs[a], data[a].data(), data[a].size()), false);
       }
       std::shuffle(order.begin(), order.end(), random);
       for (const size_t a : order) {
@@ -281,12 +143,12 @@ void MessagesOvertakeCollectives(bool near) {
     std::vector<double> sum(10, 1.0), out(30000, r + 1.0), in(30000, 0.0);
     // Rank 1 joins the collective only after the messages, which are longer than a ring or a socket holds.
     std::shared_ptr<Operation> all;
-    if (r == 0) all = context->Issue(communicator, AllReduce(communicator, program, sum.data(), sum.size()), -1, false);
-    const auto send = context->Issue(communicator, Message(OpCode::kSend, out.data(), out.size()), 1 - r, false);
-    const auto receive = context->Issue(communicator, Message(OpCode::kRecv, in.data(), in.size()), 1 - r, false);
+    if (r == 0) all = context->Issue(communicator, AllReduce(communicator, program, sum.data(), sum.size()), false);
+    const auto send = context->Issue(communicator, Message(OpCode::kSend, out.data(), out.size(), 1 - r), false);
+    const auto receive = context->Issue(communicator, Message(OpCode::kRecv, in.data(), in.size(), 1 - r), false);
     WaitFor(context, *receive);
     WaitFor(context, *send);
-    if (r == 1) all = context->Issue(communicator, AllReduce(communicator, program, sum.data(), sum.size()), -1, false);
+    if (r == 1) all = context->Issue(communicator, AllReduce(communicator, program, sum.data(), sum.size()), false);
     WaitFor(context, *all);
     CHECK(all->error().ok() && send->error().ok() && receive->error().ok());
     for (const double value : in) CHECK(value == 2.0 - r);
@@ -302,11 +164,11 @@ void EveryRankLearnsOfATimeoutAndWhoIsMissing() {
     Communicator* communicator = axis[static_cast<size_t>(r)];
     const size_t program = context->Keep(communicator, RingAllReduce(r, 3, 1));
     std::vector<double> data(100, 1.0);
-    const auto operation = context->Issue(communicator, AllReduce(communicator, program, data.data(), data.size(), 300 * kMillisecond), -1, true);
+    const auto operation = context->Issue(communicator, AllReduce(communicator, program, data.data(), data.size(), 300 * kMillisecond), true);
     WaitFor(context, *operation);
     CHECK(operation->error().code == ErrorCode::kTimeout);
     CHECK(operation->error().text.find("rank 2") != std::string::npos);
-    const auto later = context->Issue(communicator, AllReduce(communicator, program, data.data(), data.size()), -1, true);
+    const auto later = context->Issue(communicator, AllReduce(communicator, program, data.data(), data.size()), true);
     CHECK(later->finished() && later->error().code == ErrorCode::kTimeout);
   });
 }
@@ -319,7 +181,7 @@ void DifferentOperationsAreAMismatchOnBothSides() {
     const size_t program = context->Keep(communicator, RingAllReduce(r, 2, 1));
     std::vector<double> data(200, 1.0);
     const size_t count = r == 0 ? 100 : 200;
-    const auto operation = context->Issue(communicator, AllReduce(communicator, program, data.data(), count), -1, true);
+    const auto operation = context->Issue(communicator, AllReduce(communicator, program, data.data(), count), true);
     WaitFor(context, *operation);
     CHECK(operation->error().code == ErrorCode::kMismatch);
   });
@@ -336,7 +198,7 @@ void ADeadPeerFailsEveryCommunicatorAndIsNamed(bool near) {
     Communicator* communicator = (r == 0 ? axis : pair)[static_cast<size_t>(r)];
     const size_t program = context->Keep(communicator, RingAllReduce(communicator->rank(), communicator->size(), 1));
     std::vector<double> data(100, 1.0);
-    const auto operation = context->Issue(communicator, AllReduce(communicator, program, data.data(), data.size()), -1, true);
+    const auto operation = context->Issue(communicator, AllReduce(communicator, program, data.data(), data.size()), true);
     WaitFor(context, *operation);
     CHECK(operation->error().code == ErrorCode::kPeerLost);
     CHECK(operation->error().peer == 2);
@@ -350,17 +212,17 @@ void AFarewellIsNoDeath() {
     Communicator* communicator = axis[static_cast<size_t>(r)];
     if (r == 1) {
       std::vector<double> data(4, 3.0);
-      const auto send = context->Issue(communicator, Message(OpCode::kSend, data.data(), data.size()), 0, false);
+      const auto send = context->Issue(communicator, Message(OpCode::kSend, data.data(), data.size(), 0), false);
       WaitFor(context, *send);
       context->Close();
       context->Close();
       return;
     }
     std::vector<double> data(4);
-    const auto last = context->Issue(communicator, Message(OpCode::kRecv, data.data(), data.size()), 1, false);
+    const auto last = context->Issue(communicator, Message(OpCode::kRecv, data.data(), data.size(), 1), false);
     WaitFor(context, *last);
     CHECK(last->error().ok() && data[3] == 3.0);
-    const auto beyond = context->Issue(communicator, Message(OpCode::kRecv, data.data(), data.size()), 1, false);
+    const auto beyond = context->Issue(communicator, Message(OpCode::kRecv, data.data(), data.size(), 1), false);
     WaitFor(context, *beyond);
     CHECK(beyond->error().code == ErrorCode::kPeerLost);
     CHECK(beyond->error().text.find("left") != std::string::npos);

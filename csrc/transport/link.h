@@ -11,14 +11,16 @@
 namespace ringfold {
 
 enum class LinkType : uint32_t {
-  kHello = 1,     // descriptors: page, doorbell
-  kArena = 2,     // a: communicator, b: bytes; descriptor: the sender's inbound rings
+  kHello = 1,     // a: bytes of the page, b: address of c in the sender's memory; descriptors: page, doorbell
+  kArena = 2,     // a: communicator, b: bytes, c: whether the sender can read the memory of all members; descriptor: its inbound rings
   kRegion = 3,    // a: region, b: bytes; descriptor: registered memory
   kUnregion = 4,  // a: region, unmapped by its owner
   kAbort = 5,     // a: communicator, b: error code, c: rank at fault + 1; text: what happened
   kBye = 6,       // an orderly end
-  kStanding = 7,  // a: operation << 32 | sequence, b: world rank it has been waiting for, + 1; for peers that cannot read the sender's page
+  kStanding = 7,  // a: operation << 32 | sequence, b: world rank it has been waiting for, + 1; text: its call site; for peers that cannot read the page
   kLost = 8,      // a: world rank whose death the sender has seen, so that nobody takes the sender's own end for the first
+  kAsk = 9,       // a: communicator, b: operation << 32 | sequence: where did you issue that?
+  kAnswer = 10,   // text: there
 };
 
 struct LinkMessage {

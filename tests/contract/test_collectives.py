@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from ringfold.collectives import communicator
+from ringfold.collectives import issue
 from ringfold.collectives.errors import CommunicationError
 from ringfold.collectives.schedule import Kind, Schedule, Step
 from torch import Tensor
@@ -168,8 +168,8 @@ def mutate(schedule: Schedule, mutation: str) -> Schedule:
 
 def reduce_by_a_mutated_schedule(world: Any, mutation: str) -> None:
     if world.rank == 1:
-        right = communicator.build
-        communicator.build = lambda *args, **kwargs: mutate(right(*args, **kwargs), mutation)
+        right = issue.build
+        issue.build = lambda *args, **kwargs: mutate(right(*args, **kwargs), mutation)
     inputs = random_values(torch.int32, 3, 1000)
     tensor = inputs[world.rank].clone()
     world.all_reduce(tensor, algorithm="ring")

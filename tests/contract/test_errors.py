@@ -148,8 +148,14 @@ def test_a_receive_times_out_and_names_the_sender(transport: str) -> None:
 
 
 BAD_CALLS = {
-    "a tensor that is not contiguous": (lambda world: world.all_reduce(torch.zeros(4, 6).t()), "contiguous"),
-    "a dtype that cannot be folded": (lambda world: world.all_reduce(torch.zeros(3, dtype=torch.complex64)), "complex64"),
+    "a dtype that cannot be folded": (lambda world: world.all_reduce(torch.zeros(3, dtype=torch.float8_e5m2)), "float8_e5m2"),
+    "a product of complex numbers": (lambda world: world.all_reduce(torch.zeros(3, dtype=torch.complex64), "prod"), "complex64"),
+    "the bits of floating-point numbers": (lambda world: world.all_reduce(torch.zeros(3), "bxor"), "float32"),
+    "an average of truth values": (lambda world: world.all_reduce(torch.zeros(3, dtype=torch.bool), "avg"), "bool"),
+    "a fraction of integers": (lambda world: world.all_reduce(torch.zeros(3, dtype=torch.int32), scale=0.5), "int32"),
+    "counts of one side only": (lambda world: world.all_to_all(torch.zeros(4), torch.zeros(4), input_counts=[2, 2]), "both"),
+    "a root without its tensor": (lambda world: world.scatter(torch.zeros(2), None, world.rank), "None"),
+    "a negative tag": (lambda world: world.send(torch.zeros(2), (world.rank + 1) % 2, -1), "tag -1"),
     "another device": (lambda world: world.all_reduce(torch.zeros(3, device="meta")), "meta"),
     "a sparse tensor": (lambda world: world.all_reduce(torch.eye(3).to_sparse()), "sparse"),
     "a reduction nobody knows": (lambda world: world.all_reduce(torch.zeros(3), "summ"), "sum"),
@@ -199,7 +205,7 @@ def test_bad_arguments_are_config_errors_before_anything_is_sent(transport: str)
 
 def call_badly_alone(world: Any) -> None:
     """A world of one does nothing, but is no more tolerant: the script must not learn of its mistake at -n 2."""
-    for name in ("a tensor that is not contiguous", "a dtype that cannot be folded", "a reduction nobody knows"):
+    for name in ("a product of complex numbers", "a dtype that cannot be folded", "a reduction nobody knows"):
         message_of(lambda name=name: BAD_CALLS[name][0](world), ConfigError)
 
 

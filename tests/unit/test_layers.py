@@ -26,6 +26,9 @@ MAY_IMPORT_TORCH = {
     "collectives/work.py",
     "collectives/_native.py",
     "collectives/registered.py",
+    "collectives/issue.py",
+    "collectives/objects.py",
+    "collectives/operand.py",
     "collectives/transport.py",
 }
 CORE_IS_IMPORTED_BY = {"collectives/_native.py"}

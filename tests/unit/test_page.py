@@ -22,7 +22,7 @@ def page():
 
 def write_operation(page: Page, index: int, state: int = 3) -> None:
     """Write as the native core does: a record at its place, then the number of records."""
-    record = struct.pack("<QIBBBBQQQiHHQB3xI", index, 7, 0, 3, 1, state, 1000 + index, 5, 6, -1, 2, 4, 4000, 1, 9)
+    record = struct.pack("<QIBBBBQQQiHHQBxHI", index, 7, 0, 3, 1, state, 1000 + index, 5, 6, -1, 2, 4, 4000, 1, 0, 9)
     os.pwrite(page.fd, record, RECORDS_AT + index % 1024 * 64)
     os.pwrite(page.fd, struct.pack("<Q", index + 1), 56)
 
@@ -35,7 +35,7 @@ def fail(page: Page, exception: BaseException) -> None:
 
 
 def test_header_lies_at_the_agreed_offsets(page):
-    assert os.fstat(page.fd).st_size == NBYTES == 32768 + 1024 * 64
+    assert os.fstat(page.fd).st_size == NBYTES == 32768 + 1024 * 64 + 16 * 64 + 504 * 128
     assert os.pread(page.fd, 8, 0) == b"RFPAGE01"
     os.pwrite(page.fd, struct.pack("<IiiIQQQQQ", 1, 11, 4121, 1, 22, 33, 44, 55, 0), 8)
     state = page.read()
@@ -194,11 +194,11 @@ def test_anything_else_is_refused_with_what_it_is(page):
     with pytest.raises(ConfigError, match="descriptor 987 is not a shared page"):
         Page.attach(987)
     other = os.memfd_create("other")
-    with pytest.raises(ConfigError, match="has 0 bytes, expected a shared page of version 1"):
+    with pytest.raises(ConfigError, match="has 0 bytes, expected a shared page of version 2"):
         Page.attach(other)
     os.close(other)
     os.pwrite(page.fd, struct.pack("<I", 2), 8)
-    with pytest.raises(ConfigError, match="version 2, expected a shared page of version 1"):
+    with pytest.raises(ConfigError, match="version 2, expected a shared page of version 2"):
         Page.attach(page.fd)
 
 

@@ -1,0 +1,304 @@
+"""How a communicator's operations are issued: arguments checked, tensors made fit, a schedule chosen and compiled once, the core called.
+
+The way of a small operation is short, since it is run a hundred thousand times a second: a plan is looked up by what the caller gave, and one call
+of the core does the rest. Whatever is special about tensors goes through operand.py and comes back here.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import deque
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+
+import torch
+from ringfold.collectives import registered, select
+from ringfold.collectives._native import Outcome, core, failure
+from ringfold.collectives.algorithms import build
+from ringfold.collectives.codes import OPERATIONS
+from ringfold.collectives.errors import CommunicationError, ConfigError
+from ringfold.collectives.operand import DTYPES, prepare, reduction_code
+from ringfold.collectives.session import Session
+from ringfold.collectives.work import Work, Works
+
+__all__ = ["Issuer"]
+
+# Compiled plans kept by a communicator; a training step issues a few dozen different ones.
+PLANS = 4096
+# Tensors of a group that are smaller are packed into one; larger ones gain nothing by it.
+PACKED_NBYTES = 1024 * 1024
+FOLDING = frozenset({"all_reduce", "reduce_scatter", "reduce"})
+
+Plan = tuple[int, int, int, int, bytes | None]  # program, operation, dtype, reduction, offsets of equal pieces
+
+
+class Issuer:
+    """The part of a Communicator that knows how to issue; `_handle` is the core's communicator, None where there is but one rank."""
+
+    def __init__(self, session: Session, members: tuple[int, ...], name: str) -> None:
+        self.members = members
+        self.name = name
+        self.rank = members.index(session.rank)
+        self.size = len(members)
+        self.timeout_s = session.job.timeout_s
+        self.session = session
+        self.transport = "shm" if all(session.near[m] for m in members if m != session.rank) else "tcp"
+        self._handle: object | None = None
+        self._closed = False
+        self._plans: dict[tuple[object, ...], Plan] = {}
+        self._programs: dict[tuple[object, ...], int] = {}
+        self._in_flight: deque[Work] = deque()
+
+    # -- checks -----------------------------------------------------------------------------------------------------------------------
+
+    def _where(self, op: str) -> str:
+        return f"{op} on rank {self.rank} of axis {self.name}"
+
+    def _check_peer(self, op: str, peer: int) -> None:
+        if not 0 <= peer < self.size:
+            raise ConfigError(f"{self._where(op)}: rank {peer} is not among its {self.size} ranks (0 to {self.size - 1})")
+
+    def _check_one_each(self, op: str, values: Sequence[object] | None) -> None:
+        if values is None or len(values) != self.size:
+            raise ConfigError(f"{self._where(op)}: {0 if values is None else len(values)} values, expected one for each of {self.size} ranks")
+
+    def _at_root(self, op: str, what: str, tensor: torch.Tensor | None, root: int) -> torch.Tensor | None:
+        """Return the tensor that only the root has, and None elsewhere."""
+        if self.rank != root:
+            return None
+        if tensor is None:
+            raise ConfigError(f"{self._where(op)}: {what} is None, expected a tensor with the pieces of all ranks, since this is rank {root}")
+        return tensor
+
+    def _whole(self, piece: int, counts: Sequence[int] | None) -> int:
+        return piece * self.size if counts is None else sum(counts)
+
+    def _check_pieces(self, op: str, whole: int, piece: int, counts: Sequence[int] | None) -> None:
+        if counts is None:
+            if whole != piece * self.size:
+                raise ConfigError(
+                    f"{self._where(op)}: the whole has {whole} elements and this rank's piece {piece}; "
+                    f"expected {piece} x {self.size} = {piece * self.size}, or counts=[elements of each rank's piece]"
+                )
+        elif len(counts) != self.size or sum(counts) != whole or counts[self.rank] != piece or min(counts) < 0:
+            raise ConfigError(
+                f"{self._where(op)}: counts {list(counts)} must be {self.size} numbers that add up to {whole}, "
+                f"the elements of the whole, with {piece}, this rank's piece, at place {self.rank}"
+            )
+
+    def _check_counts(self, op: str, whole: int, counts: Sequence[int]) -> None:
+        if len(counts) != self.size or sum(counts) != whole or min(counts) < 0:
+            raise ConfigError(f"{self._where(op)}: counts {list(counts)} must be {self.size} numbers that add up to {whole}, the elements of their tensor")
+
+    def _require_open(self, op: str) -> None:
+        if self._closed or self.session.closed:
+            raise CommunicationError(f"{self._where(op)}: the communicator is closed; rf.init() joins the job again")
+
+    # -- collectives ------------------------------------------------------------------------------------------------------------------
+
+    def _issue(
+        self,
+        op: str,
+        reduction: str,
+        root: int,
+        count: int,
+        input: torch.Tensor | None,
+        output: torch.Tensor | None,
+        counts: Sequence[int] | None,
+        output_counts: Sequence[int] | None,
+        async_op: bool,
+        algorithm: str | None,
+    ) -> Work | None:
+        """Issue an operation on a vector of `count` elements, cut into `counts` (those of the output where they differ: `output_counts`)."""
+        if not (_is_plain(input) and (output is input or _is_plain(output))):
+            return self._issue_prepared(op, reduction, root, count, input, output, counts, output_counts, async_op, algorithm)
+        dtype = torch.uint8 if input is output is None else (input if input is not None else output).dtype  # type: ignore[union-attr]
+        key = (op, dtype, reduction, count if output_counts is None else -1, counts is None, root, algorithm)
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._plan(op, dtype, reduction, count, root, algorithm, input, output, counts is not None)
+            if len(self._plans) < PLANS:
+                self._plans[key] = plan
+        if self._closed or self.session.closed:
+            self._require_open(op)
+        if self._handle is None:
+            return _alone(input, output, async_op)
+        program, operation, dtype_code, code, offsets = plan
+        arguments = (
+            self._handle,
+            program,
+            operation,
+            dtype_code,
+            code,
+            root,
+            count,
+            offsets if counts is None else _offsets(counts),
+            None if output_counts is None else _offsets(output_counts),
+            0 if input is None else input.data_ptr(),
+            0 if output is None else output.data_ptr(),
+            self.timeout_s,
+            self.session.sites.row(2),
+        )
+        if async_op:
+            return self._keep(Work(core.begin(*arguments), (input, output), self._fail))
+        outcome = core.run(*arguments)
+        if outcome is not None:
+            self._fail(outcome)
+        return None
+
+    def _plan(
+        self,
+        op: str,
+        dtype: torch.dtype,
+        reduction: str,
+        count: int,
+        root: int,
+        algorithm: str | None,
+        input: torch.Tensor | None,
+        output: torch.Tensor | None,
+        is_uneven: bool,
+    ) -> Plan:
+        """Check what is checked once for all operations like this one, choose a schedule, and compile it unless it is there already."""
+        if input is not None and output is not None and input.dtype is not output.dtype:
+            raise ConfigError(f"{self._where(op)}: input is {input.dtype} but output is {output.dtype}")
+        code = reduction_code(op, reduction)
+        if op in FOLDING and input is not None:
+            prepare(input, self._where(op), reduction, reads=False, writes=False)  # refuses what has no such arithmetic
+        self._require_open(op)
+        nbytes = count * dtype.itemsize
+        choice = self._choose(op, -1 if is_uneven and op == "all_to_all" else nbytes, algorithm)
+        key = (op, root, choice.algorithm, choice.variant, choice.segments)
+        program = self._programs.get(key)
+        if program is None:
+            program = 0
+            if self._handle is not None:
+                schedule = build(op, choice.algorithm, choice.variant, self.rank, self.size, choice.segments, root)
+                program = core.program(self._handle, schedule.compile())
+            self._programs[key] = program
+        has_pieces = op not in ("all_reduce", "broadcast", "reduce", "barrier")
+        return program, OPERATIONS[op], DTYPES[dtype], code, _offsets([count // self.size] * self.size) if has_pieces else None
+
+    def _choose(self, op: str, nbytes: int, algorithm: str | None) -> select.Choice:
+        return select.choose(op, self.size, nbytes, self.transport, algorithm)
+
+    def _issue_prepared(
+        self,
+        op: str,
+        reduction: str,
+        root: int,
+        count: int,
+        input: torch.Tensor | None,
+        output: torch.Tensor | None,
+        counts: Sequence[int] | None,
+        output_counts: Sequence[int] | None,
+        async_op: bool,
+        algorithm: str | None,
+    ) -> Work | None:
+        """Issue an operation on tensors that are not plain ones, and give the result back at its end."""
+        where, arithmetic = self._where(op), reduction if op in FOLDING else None
+        if input is not None and output is not None and input.dtype is not output.dtype:
+            raise ConfigError(f"{where}: input is {input.dtype} but output is {output.dtype}")
+        into = None if output is None else prepare(output, where, arithmetic, reads=output is input)
+        out_of = into if output is input else None if input is None else prepare(input, where, arithmetic, writes=False)
+        operand = out_of or into
+        assert operand is not None  # a barrier is always plain
+        factor = operand.factor
+        work = self._issue(
+            op,
+            reduction,
+            root,
+            count * factor,
+            None if out_of is None else out_of.flat,
+            None if into is None else into.flat,
+            None if counts is None else [c * factor for c in counts],
+            None if output_counts is None else [c * factor for c in output_counts],
+            async_op,
+            algorithm,
+        )
+        if into is None or into.original is None:
+            return work
+        if work is None:
+            into.give_back()
+            return None
+        return Works([work], into.give_back)
+
+    def _together(self, tensors: Sequence[torch.Tensor], issue: Callable[[torch.Tensor], Work | None], async_op: bool) -> Work | None:
+        """Issue one operation for all small tensors of a dtype, packed into one, and one for each large one; all are in place."""
+        small: dict[torch.dtype, list[torch.Tensor]] = {}
+        works = []
+        for tensor in tensors:
+            if tensor.numel() * tensor.element_size() < PACKED_NBYTES and tensor.dtype in DTYPES and tensor.is_cpu:
+                small.setdefault(tensor.dtype, []).append(tensor.detach())
+            elif (work := issue(tensor)) is not None:
+                works.append(work)
+        for dtype, group in small.items():
+            packed = registered.empty([sum(t.numel() for t in group)], dtype)
+            pieces = [p.view(t.shape) for p, t in zip(packed.split([t.numel() for t in group]), group, strict=True)]
+            torch._foreach_copy_(pieces, group)
+            work = issue(packed)
+            works.append(Works([] if work is None else [work], lambda group=group, pieces=pieces: torch._foreach_copy_(group, pieces)))  # type: ignore[misc]
+        together = Works(works)
+        if async_op:
+            return together
+        together.wait()
+        return None
+
+    # -- messages ---------------------------------------------------------------------------------------------------------------------
+
+    def _message(self, op: str, tensor: torch.Tensor, peer: int | None, tag: int, async_op: bool) -> Work | None:
+        if peer is not None:
+            self._check_peer(op, peer)
+        if peer == self.rank or self.size == 1:
+            raise ConfigError(f"{self._where(op)}: a rank cannot message itself")
+        if not 0 <= tag < 1 << 31:
+            raise ConfigError(f"{self._where(op)}: tag {tag} must be at least 0 and below 2^31")
+        self._require_open(op)
+        operand = prepare(tensor, self._where(op), None, reads=op == "send", writes=op == "recv")
+        flat = operand.flat
+        handle = core.message(
+            self._handle,
+            op == "send",
+            -1 if peer is None else peer,
+            tag,
+            DTYPES[flat.dtype],
+            flat.numel(),
+            flat.data_ptr(),
+            self.timeout_s,
+            self.session.sites.row(2),
+        )
+        work = self._keep(Work(handle, (flat,), self._fail, None if operand.original is None else operand.give_back))
+        if async_op:
+            return work
+        work.wait()
+        return None
+
+    # -- afterwards -------------------------------------------------------------------------------------------------------------------
+
+    def _keep(self, work: Work) -> Work:
+        """Hold the work's tensors until it is done, even if the caller lets go of it."""
+        in_flight = self._in_flight
+        while in_flight and in_flight[0].done():
+            in_flight.popleft()
+        in_flight.append(work)
+        return work
+
+    def _fail(self, outcome: Outcome) -> None:
+        """Raise what an operation's outcome stands for."""
+        raise failure(outcome)
+
+
+def _is_plain(tensor: torch.Tensor | None) -> bool:
+    """Tell whether the core can work on the tensor as it is."""
+    return tensor is None or (tensor.is_contiguous() and tensor.is_cpu and tensor.dtype in DTYPES and not tensor.is_neg())
+
+
+def _alone(input: torch.Tensor | None, output: torch.Tensor | None, async_op: bool) -> Work | None:
+    """Do the operation of a communicator of one: the fold of one vector is that vector, and its piece the whole."""
+    if input is not None and output is not None and input.data_ptr() != output.data_ptr():
+        output.detach().view(-1).copy_(input.detach().view(-1))
+    return Work() if async_op else None
+
+
+def _offsets(counts: Sequence[int]) -> bytes:
+    """Return where each piece begins, for the core."""
+    return struct.pack(f"={len(counts) + 1}Q", 0, *accumulate(counts))
