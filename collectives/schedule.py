@@ -9,6 +9,9 @@ receive queue (RECV, RECV_REDUCE, ATTACH), and one local queue (all other kinds)
 `dependencies()` are complete; the queues' own order is implied and never listed. The C++ executor and the simulator use the same answer, so
 what simulator.py proves is what runs.
 
+Chunk c of a vector is rank c's: what it owns, contributes or gets. Of an all_to_all, chunk c of INPUT goes to rank c and chunk c of OUTPUT comes
+from it; these have lengths of their own.
+
 Scratch: slot k is a piece of memory as long as the longest chunk, and a block in it is cut exactly as the same segment of chunk
 `k % chunks`.
 
@@ -20,7 +23,7 @@ from __future__ import annotations
 import itertools
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 from ringfold.collectives.codes import ALGORITHMS
@@ -39,7 +42,7 @@ class ScheduleError(RingfoldError):
 
 
 class Buffer(IntEnum):
-    """The memory that a block lies in; INPUT and OUTPUT may be the same memory."""
+    """The memory that a block lies in; INPUT and OUTPUT may be the same memory, except in an all_to_all."""
 
     INPUT = 0
     OUTPUT = 1
@@ -55,7 +58,8 @@ class Kind(IntEnum):
     COPY = 4  # dst = src
     EXPOSE = 5  # tells the peer where this rank's vector lies in registered memory, or that it does not
     ATTACH = 6  # waits for the peer's EXPOSE
-    FOLD = 7  # dst = fold over all ranks, in rank order, of their exposed vectors at dst; with spread, into every exposed vector
+    FOLD = 7  # dst = fold over all ranks, in rank order, of their exposed vectors at dst; with a peer, into the peer's exposed
+    #           vector instead; with spread, into every exposed vector
     PULL = 8  # dst = the peer's exposed vector at dst
     FENCE = 9  # every earlier step is complete before any later one begins
     REDUCE = 10  # dst = dst op src
@@ -72,11 +76,21 @@ FULL_BUFFERS = {
     "all_gather": (False, True),
     "broadcast": (True, True),
     "barrier": (True, True),
+    "reduce": (True, True),
+    "gather": (False, True),
+    "scatter": (True, False),
+    "all_to_all": (True, True),
 }
+
+ROOTED = frozenset({"broadcast", "reduce", "gather", "scatter"})
+# The buffer that only the root has.
+ROOT_ONLY = {"reduce": Buffer.OUTPUT, "gather": Buffer.OUTPUT, "scatter": Buffer.INPUT}
+# INPUT and OUTPUT are one vector, on every rank (of a reduce: at the root).
+ONE_VECTOR = frozenset({"all_reduce", "broadcast", "barrier"})
 
 Queue = tuple[str, int]
 LOCAL_QUEUE: Queue = ("local", -1)
-Cell = tuple[bool, int, int]  # in scratch?, chunk, segment: what two blocks must share to be the same memory
+Cell = tuple[Buffer, int, int]  # what two blocks must share to be the same memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +100,6 @@ class Block:
     buffer: Buffer
     chunk: int
     segment: int
-
-    @property
-    def cell(self) -> Cell:
-        """What identifies the memory to other blocks of this rank: INPUT and OUTPUT count as one, because they may be."""
-        return (self.buffer is Buffer.SCRATCH, self.chunk, self.segment)
 
     def __str__(self) -> str:
         place = "slot" if self.buffer is Buffer.SCRATCH else "chunk"
@@ -128,7 +137,7 @@ class Step:
     def __str__(self) -> str:
         words = [self.kind.name]
         if self.peer >= 0:
-            words.append(f"{'to' if self.kind in SENDING else 'from'} {self.peer}")
+            words.append(f"{'from' if self.kind in RECEIVING | {Kind.PULL} else 'to'} {self.peer}")
         if self.src is not None:
             words.append(f"of {self.src}")
         if self.dst is not None:
@@ -138,7 +147,11 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """The steps of one rank in one collective operation, and the schedule to continue with when a vector is not in registered memory."""
+    """The steps of one rank in one collective operation, and the schedule to continue with when a vector is not in registered memory.
+
+    The fallback begins after the first FENCE and may use, but only read, what was attached before it: the core copies from a peer's memory that is
+    not registered by other means. Where it cannot, the fallback must not touch peers' vectors.
+    """
 
     op: str
     algorithm: str
@@ -150,6 +163,27 @@ class Schedule:
     scratch_chunks: int = 0
     root: int = -1
     fallback: Schedule | None = None
+
+    @property
+    def exposed(self) -> Buffer:
+        """The buffer that EXPOSE tells of; in an all_to_all, of its chunk for that peer."""
+        return Buffer.OUTPUT if self.op in ONE_VECTOR else Buffer.INPUT
+
+    @property
+    def prelude(self) -> tuple[Step, ...]:
+        """The steps up to the first FENCE, which the fallback does not repeat; all of them if there is no FENCE."""
+        end = next((index for index, step in enumerate(self.steps, 1) if step.kind is Kind.FENCE), len(self.steps))
+        return self.steps[:end]
+
+    @property
+    def continued(self) -> Schedule:
+        """What a rank runs that learns, up to the first FENCE, that some vector is not in registered memory."""
+        return self if self.fallback is None else replace(self.fallback, steps=self.prelude + self.fallback.steps)
+
+    def cell(self, block: Block) -> Cell:
+        """Return what identifies the memory to other blocks of this rank: INPUT and OUTPUT count as one wherever they may be."""
+        apart = block.buffer is Buffer.SCRATCH or self.op == "all_to_all"
+        return (block.buffer if apart else Buffer.OUTPUT, block.chunk, block.segment)
 
     def dependencies(self) -> tuple[tuple[int, ...], ...]:
         """For each step, the earlier steps that must be complete before it begins, beyond those that its queue's order implies.
@@ -171,15 +205,15 @@ class Schedule:
                 writer, readers, last, fence = {}, {}, {}, index
                 continue
             needed: set[int] = set()
-            reads = [block.cell for block in step.reads]
+            reads = [self.cell(block) for block in step.reads]
             needed.update(writer[cell] for cell in reads if cell in writer)
-            if step.dst is not None:
-                cell = step.dst.cell
-                since = readers.get(cell)
+            written = None if step.dst is None else self.cell(step.dst)
+            if written is not None:
+                since = readers.get(written)
                 if since:
                     needed.update(since)
-                elif cell in writer:
-                    needed.add(writer[cell])
+                elif written in writer:
+                    needed.add(writer[written])
             latest: dict[Queue, int] = {}
             for earlier in needed:
                 q = queues[earlier]
@@ -190,9 +224,9 @@ class Schedule:
             result.append(tuple(sorted(latest.values())))
             for cell in reads:
                 readers.setdefault(cell, []).append(index)
-            if step.dst is not None:
-                writer[step.dst.cell] = index
-                readers[step.dst.cell] = []
+            if written is not None:
+                writer[written] = index
+                readers[written] = []
             last[queue] = index
         return tuple(result)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from ringfold.collectives.algorithms import BUILDERS, direct, ring
+from ringfold.collectives.algorithms import BUILDERS, direct, direct_registered, ring
 from ringfold.collectives.cost import LINKS, Cost, Link
 from ringfold.collectives.errors import ConfigError, nearest
 
@@ -131,9 +131,13 @@ def _choose(op: str, size: int, nbytes: int, transport: str, algorithm: str | No
 
 def _candidate(op: str, algorithm: str, variant: str, size: int, nbytes: int, link: Link) -> Candidate:
     whole_vector = op in ("broadcast", "barrier") or variant == "one_shot"
-    segments = _segments(nbytes if whole_vector else -(-nbytes // size)) if op != "barrier" else 1
-    is_ring = algorithm == "ring"
-    cost = ring.cost(op, size, nbytes, segments, link) if is_ring else direct.cost(op, variant, size, nbytes, segments, link)
+    segments = _segments(nbytes if whole_vector else -(-nbytes // size)) if op not in ("barrier", "all_to_all") else 1
+    if algorithm == "ring":
+        cost = ring.cost(op, size, nbytes, segments, link)
+    elif variant == "registered":
+        cost = direct_registered.cost(op, size, nbytes, link)
+    else:
+        cost = direct.cost(op, variant, size, nbytes, segments, link)
     return Candidate(algorithm, variant, segments, cost)
 
 

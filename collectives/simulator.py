@@ -15,7 +15,7 @@ What an operation promises of the result is promise.py's to check. No byte is mo
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ringfold.collectives.schedule import (
@@ -28,15 +28,14 @@ from ringfold.collectives.schedule import (
     Schedule,
     ScheduleError,
     Step,
-    block_lengths,
 )
+from ringfold.collectives.vectors import Cell, Vectors
 
 __all__ = ["Contents", "Order", "SimulationResult", "ranks_text", "simulate", "title"]
 
 Order = int | tuple["Order", "Order"]  # a rank's own contribution, or the fold of two
-Cell = tuple[int, Buffer, int, int]  # rank, buffer, chunk (slot), segment
 
-# Which operands a kind has: peer, src, dst. SEND and RECV may lack their block: an empty frame.
+# Which operands a kind has: peer, src, dst. SEND and RECV may lack their block: an empty frame; FOLD may lack its peer.
 OPERANDS = {
     Kind.SEND: (True, None, False),
     Kind.RECV: (True, False, None),
@@ -44,7 +43,7 @@ OPERANDS = {
     Kind.COPY: (False, True, True),
     Kind.EXPOSE: (True, False, False),
     Kind.ATTACH: (True, False, False),
-    Kind.FOLD: (False, False, True),
+    Kind.FOLD: (None, False, True),
     Kind.PULL: (True, False, True),
     Kind.FENCE: (False, False, False),
     Kind.REDUCE: (False, True, True),
@@ -75,30 +74,33 @@ class SimulationResult:
     outputs: tuple[dict[tuple[int, int], Contents], ...]
 
 
-def simulate(schedules: Sequence[Schedule], count: int | Sequence[int], align: int = 1, *, in_place: bool = False) -> SimulationResult:
-    """Run one operation on all ranks, on a vector of `count` elements (or chunks of the given lengths), every vector registered.
+def simulate(
+    schedules: Sequence[Schedule], count: int | Sequence[int], align: int = 1, *, in_place: bool = False, read_only: bool = False
+) -> SimulationResult:
+    """Run one operation on all ranks, on a vector of `count` elements (or chunks of the given lengths; of an all_to_all, of every
+    rank's chunks one rank after the other).
 
-    With `in_place`, the own chunk of reduce_scatter and all_gather is the same memory in INPUT and OUTPUT.
+    With `in_place`, the own chunk of reduce_scatter, all_gather, gather and scatter is the same memory in INPUT and OUTPUT. With `read_only`,
+    a peer's vector is not in registered memory: it can be read, but not written.
 
     Raises:
         ScheduleError: a malformed step, a deadlock, an unmatched send, a wrong pair of blocks, a contribution folded twice, a read
             of what was never written, a written INPUT, or a race.
     """
-    run = _Run(schedules, in_place)
+    run = _Run(schedules, in_place, read_only)
     run.execute()
-    first = schedules[0]
-    lengths = block_lengths(count, first.chunks, first.segments, align)
+    lengths = run.vectors.lengths(count, align)
     sent = [sum(lengths[chunk][segment] for chunk, segment in blocks) for blocks in run.sent]
-    return SimulationResult(tuple(sent), max(run.depth, default=0), tuple(run.trace), tuple(run.outputs(rank) for rank in range(run.size)))
+    return SimulationResult(tuple(sent), max(run.depth, default=0), tuple(run.trace), tuple(run.outputs()))
 
 
 class _Run:
     """One execution: queues, clocks and memory of all ranks."""
 
-    def __init__(self, schedules: Sequence[Schedule], in_place: bool) -> None:
-        self.schedules, self.size, self.in_place = schedules, len(schedules), in_place
+    def __init__(self, schedules: Sequence[Schedule], in_place: bool, read_only: bool) -> None:
+        self.schedules, self.size, self.read_only = schedules, len(schedules), read_only
         first = schedules[0]
-        self.op = first.op
+        self.vectors = Vectors(first, in_place)
         for rank, schedule in enumerate(schedules):
             for name, seen, expected in [
                 ("rank", schedule.rank, rank),
@@ -109,7 +111,6 @@ class _Run:
                     raise ScheduleError(f"{title(schedules)}: schedule {rank} has {name} {seen}, expected {expected}")
             for index in range(len(schedule.steps)):
                 self.check_form(rank, index)
-        self.exposed = Buffer.INPUT if self.op in ("reduce_scatter", "all_gather") else Buffer.OUTPUT
         self.base = [sum(len(s.steps) for s in schedules[:rank]) for rank in range(self.size)]
         total = sum(len(s.steps) for s in schedules)
         self.before = [0] * total  # bit k: step k (of all ranks, counted through) is complete before this one begins
@@ -124,31 +125,18 @@ class _Run:
                 for earlier in self.needed[rank][index]:
                     self.waiting[rank][earlier].append(index)
         self.tail: list[dict[Queue, int]] = [{} for _ in schedules]  # the last step of each queue that is complete
-        self.memory: dict[Cell, Contents] = {}
+        self.memory = {cell: Contents(1 << rank, rank) for rank, cell in self.vectors.inputs()}
         self.writer: dict[Cell, int] = {}
         self.readers: dict[Cell, list[int]] = {}
         self.attached: dict[tuple[int, int], int] = {}
         self.visits: list[tuple[int, int, int]] = []  # rank, step, and the other rank whose memory it touched
         self.sent: list[list[tuple[int, int]]] = [[] for _ in schedules]
         self.trace: list[tuple[int, int, int, int]] = []
-        self.fill_inputs()
 
-    def fill_inputs(self) -> None:
-        """Put every rank's own contribution where the operation finds it."""
-        first = self.schedules[0]
+    def outputs(self) -> Iterator[dict[tuple[int, int], Contents]]:
+        """Yield what OUTPUT of each rank holds, by chunk and segment."""
         for rank in range(self.size):
-            if self.op == "broadcast" and rank != first.root:
-                continue
-            for chunk in [rank] if self.op == "all_gather" else range(first.chunks):
-                for segment in range(first.segments):
-                    self.memory[self.cell(rank, Block(self.exposed, chunk, segment))] = Contents(1 << rank, rank)
-
-    def outputs(self, rank: int) -> dict[tuple[int, int], Contents]:
-        """Return what OUTPUT of a rank holds, by chunk and segment."""
-        first = self.schedules[0]
-        chunks = [rank] if self.op == "reduce_scatter" else range(first.chunks)
-        cells = {(c, s): self.cell(rank, Block(Buffer.OUTPUT, c, s)) for c in chunks for s in range(first.segments)}
-        return {place: self.memory[cell] for place, cell in cells.items() if cell in self.memory}
+            yield {place: self.memory[cell] for place, cell in self.vectors.outputs(rank).items() if cell in self.memory}
 
     def error(self, rank: int, index: int, what: str) -> ScheduleError:
         return ScheduleError(f"{title(self.schedules)}: rank {rank}, step {index} ({self.schedules[rank].steps[index]}): {what}")
@@ -163,31 +151,10 @@ class _Run:
             raise self.error(rank, index, f"the peer must be another rank below {self.size}")
         if (step.final and step.kind not in REDUCING) or (step.spread and step.kind is not Kind.FOLD):
             raise self.error(rank, index, "only a fold can be final, only a FOLD spread")
-        if step.dst is not None and step.dst.buffer is Buffer.INPUT and self.op in ("reduce_scatter", "all_gather"):
-            raise self.error(rank, index, "INPUT must not be modified")
         for block in (step.src, step.dst):
-            if block is not None:
-                self.check_block(rank, index, block)
-
-    def check_block(self, rank: int, index: int, block: Block) -> None:
-        schedule = self.schedules[rank]
-        chunks = schedule.scratch_chunks if block.buffer is Buffer.SCRATCH else schedule.chunks
-        if not (0 <= block.chunk < chunks and 0 <= block.segment < schedule.segments):
-            raise self.error(rank, index, f"{block} does not exist: there are {chunks} chunks of {schedule.segments} segments")
-        own_only = {"reduce_scatter": Buffer.OUTPUT, "all_gather": Buffer.INPUT}.get(self.op)
-        if block.buffer is own_only and block.chunk != rank:
-            raise self.error(rank, index, f"{block} does not exist: {block.buffer.name} holds chunk {rank} only")
-
-    def cell(self, rank: int, block: Block) -> Cell:
-        """Return the memory a block of a rank names, the same for two blocks that are the same memory."""
-        buffer = block.buffer
-        if buffer is Buffer.INPUT and (self.exposed is Buffer.OUTPUT or (self.in_place and block.chunk == rank)):
-            buffer = Buffer.OUTPUT
-        return (rank, buffer, block.chunk, block.segment)
-
-    def shape(self, block: Block) -> tuple[int, int]:
-        """Return the chunk and segment whose length the block has."""
-        return (block.chunk % self.schedules[0].chunks if block.buffer is Buffer.SCRATCH else block.chunk, block.segment)
+            why = None if block is None else self.vectors.why_absent(rank, block, self.schedules[rank].scratch_chunks)
+            if why is not None:
+                raise self.error(rank, index, f"{block} does not exist: {why}")
 
     # Execution.
 
@@ -262,55 +229,58 @@ class _Run:
             raise self.error(receiver, receiving, f"one side has no block: step {sending} of rank {sender} is {sent}")
         if sent.src is None or received.dst is None:
             return
-        if self.shape(sent.src) != self.shape(received.dst):
+        shape = self.vectors.shape(sender, sent.src)
+        if shape != self.vectors.shape(receiver, received.dst):
             raise self.error(receiver, receiving, f"the blocks do not match: step {sending} of rank {sender} is {sent}")
-        self.sent[sender].append(self.shape(sent.src))
-        contents = self.read(sender, sending, self.cell(sender, sent.src))
+        self.sent[sender].append(shape)
+        contents = self.read(sender, sending, self.vectors.cell(sender, sent.src))
         if received.src is not None:
             contents = self.fold(receiver, receiving, self.own(receiver, receiving, received), contents)
-        self.write(receiver, receiving, self.cell(receiver, received.dst), contents)
+        self.write(receiver, receiving, self.vectors.cell(receiver, received.dst), contents)
 
     def run_local(self, rank: int, index: int) -> None:
         step = self.schedules[rank].steps[index]
         if step.dst is None:
             return
-        target = self.cell(rank, step.dst)
+        target = self.vectors.cell(rank, step.dst)
         if step.kind is Kind.COPY:
-            if step.src is None or target == self.cell(rank, step.src):
+            if step.src is None or target == self.vectors.cell(rank, step.src):
                 return  # onto itself: the executor copies nothing
             contents = self.own(rank, index, step)
         elif step.kind is Kind.REDUCE:
             contents = self.fold(rank, index, self.read(rank, index, target), self.own(rank, index, step))
         elif step.kind is Kind.PULL:
             contents = self.read(rank, index, self.cell_of_peer(rank, index, step.peer, step.dst))
-        else:
+        else:  # a FOLD
             places = [self.cell_of_peer(rank, index, other, step.dst) for other in range(self.size)]
             contents = self.read(rank, index, places[0])
             for place in places[1:]:
                 contents = self.fold(rank, index, contents, self.read(rank, index, place))
-            if step.spread:
-                if self.exposed is Buffer.INPUT:
-                    raise self.error(rank, index, "a spread FOLD would modify INPUT")
-                for place in places:
-                    self.write(rank, index, place, contents)
+            if self.read_only and (step.spread or step.peer != -1):
+                raise self.error(rank, index, "writes into the vector of a peer, which may lie outside registered memory")
+            targets = places if step.spread else [target if step.peer == -1 else places[step.peer]]
+            for place in targets:
+                self.write(rank, index, place, contents)
+            return
         self.write(rank, index, target, contents)
 
     def own(self, rank: int, index: int, step: Step) -> Contents:
         """Read a step's src, which must have the shape of its dst."""
-        if step.src is None or step.dst is None or self.shape(step.src) != self.shape(step.dst):
+        if step.src is None or step.dst is None or self.vectors.shape(rank, step.src) != self.vectors.shape(rank, step.dst):
             raise self.error(rank, index, "src and dst are blocks of different shape")
-        return self.read(rank, index, self.cell(rank, step.src))
+        return self.read(rank, index, self.vectors.cell(rank, step.src))
 
     def cell_of_peer(self, rank: int, index: int, other: int, block: Block) -> Cell:
         """Return where `other` exposes a block; this rank must have attached to it before."""
-        if self.op == "all_gather" and block.chunk != other:
-            raise self.error(rank, index, f"rank {other} exposes chunk {other} only")
+        cell = self.vectors.exposed(rank, other, block)
+        if cell is None:
+            raise self.error(rank, index, f"rank {other} does not expose what belongs there")
         if other != rank:
             attached = self.attached.get((rank, other))
             if attached is None or not self.before[self.base[rank] + index] >> attached & 1:
                 raise self.error(rank, index, f"does not wait for the ATTACH to rank {other}")
             self.visits.append((rank, index, other))
-        return self.cell(other, Block(self.exposed, block.chunk, block.segment))
+        return cell
 
     # Memory.
 
@@ -323,6 +293,8 @@ class _Run:
         return contents
 
     def write(self, rank: int, index: int, cell: Cell, contents: Contents) -> None:
+        if cell[1] is Buffer.INPUT:
+            raise self.error(rank, index, f"modifies {_place(cell)}: INPUT must not be modified")
         earlier = self.readers.get(cell, [])
         self.check_order(rank, index, cell, [*earlier, self.writer[cell]] if cell in self.writer else earlier)
         self.readers[cell] = []
@@ -384,7 +356,7 @@ class _Run:
         for rank, index, other in self.visits:
             if not ends[other] >> (self.base[rank] + index) & 1:
                 raise self.error(rank, index, f"touches the vector of rank {other}, which does not wait for that before it ends")
-        if self.op == "barrier":
+        if self.schedules[0].op == "barrier":
             for rank in range(self.size):
                 of_rank = ((1 << len(self.schedules[rank].steps)) - 1) << self.base[rank]
                 early = [other for other in range(self.size) if other != rank and not ends[other] & of_rank]

@@ -7,33 +7,42 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ringfold.collectives.algorithms import direct, ring
+from ringfold.collectives.algorithms import direct, direct_registered, ring
 from ringfold.collectives.errors import ConfigError, nearest
-from ringfold.collectives.schedule import Schedule
+from ringfold.collectives.schedule import ROOTED, Schedule
 
 __all__ = ["BUILDERS", "build"]
 
-# (op, algorithm, variant) -> the function that makes one rank's schedule; broadcast's take a root, barrier's no segments.
+# (op, algorithm, variant) -> the function that makes one rank's schedule. All take rank and size; then those of rooted operations the root,
+# and those that pipeline, all but barrier's and all_to_all's, the number of segments.
 BUILDERS: dict[tuple[str, str, str], Callable[..., Schedule]] = {
     ("all_reduce", "ring", "pipelined"): ring.all_reduce,
-    ("all_reduce", "direct", "registered"): direct.all_reduce,
-    ("all_reduce", "direct", "exchange"): direct.all_reduce_exchange,
+    ("all_reduce", "direct", "registered"): direct_registered.all_reduce,
+    ("all_reduce", "direct", "exchange"): direct.all_reduce,
     ("all_reduce", "direct", "one_shot"): direct.all_reduce_one_shot,
     ("reduce_scatter", "ring", "pipelined"): ring.reduce_scatter,
-    ("reduce_scatter", "direct", "registered"): direct.reduce_scatter,
-    ("reduce_scatter", "direct", "exchange"): direct.reduce_scatter_exchange,
+    ("reduce_scatter", "direct", "registered"): direct_registered.reduce_scatter,
+    ("reduce_scatter", "direct", "exchange"): direct.reduce_scatter,
     ("all_gather", "ring", "pipelined"): ring.all_gather,
-    ("all_gather", "direct", "registered"): direct.all_gather,
-    ("all_gather", "direct", "exchange"): direct.all_gather_exchange,
+    ("all_gather", "direct", "registered"): direct_registered.all_gather,
+    ("all_gather", "direct", "exchange"): direct.all_gather,
     ("broadcast", "ring", "pipelined"): ring.broadcast,
-    ("broadcast", "direct", "registered"): direct.broadcast,
-    ("broadcast", "direct", "exchange"): direct.broadcast_exchange,
+    ("broadcast", "direct", "registered"): direct_registered.broadcast,
+    ("broadcast", "direct", "exchange"): direct.broadcast,
     ("barrier", "direct", "dissemination"): direct.barrier,
+    ("reduce", "direct", "registered"): direct_registered.reduce,
+    ("reduce", "direct", "exchange"): direct.reduce,
+    ("gather", "direct", "registered"): direct_registered.gather,
+    ("gather", "direct", "exchange"): direct.gather,
+    ("scatter", "direct", "registered"): direct_registered.scatter,
+    ("scatter", "direct", "exchange"): direct.scatter,
+    ("all_to_all", "direct", "registered"): direct_registered.all_to_all,
+    ("all_to_all", "direct", "exchange"): direct.all_to_all,
 }
 
 
 def build(op: str, algorithm: str, variant: str, rank: int, size: int, segments: int = 1, root: int = -1) -> Schedule:
-    """Return one rank's schedule of the named algorithm; `root` is used by broadcast only.
+    """Return one rank's schedule of the named algorithm; `root` is used by broadcast, reduce, gather and scatter only.
 
     Raises:
         ConfigError: no such operation, algorithm or variant.
@@ -48,8 +57,9 @@ def build(op: str, algorithm: str, variant: str, rank: int, size: int, segments:
             + (f"; did you mean {guess!r}?" if guess else "")
             + f" Known: {', '.join(known)}."
         )
-    if op == "barrier":
-        return builder(rank, size)
-    if op == "broadcast":
-        return builder(rank, size, root, segments)
-    return builder(rank, size, segments)
+    arguments = [rank, size]
+    if op in ROOTED:
+        arguments.append(root)
+    if op not in ("barrier", "all_to_all"):
+        arguments.append(segments)
+    return builder(*arguments)

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from ringfold.collectives.algorithms import BUILDERS, build, direct, ring
+from ringfold.collectives.algorithms import BUILDERS, build, direct, direct_registered, ring
 from ringfold.collectives.errors import RingfoldError
 from ringfold.collectives.schedule import Block, Buffer, Kind, Schedule, ScheduleError, Step, block_lengths, partition
 
@@ -94,6 +94,11 @@ def test_input_and_output_count_as_the_same_memory_and_scratch_does_not() -> Non
     assert dependencies(Step(Kind.SEND, 1, src=own), Step(Kind.RECV, 1, dst=out(0)), Step(Kind.RECV, 2, dst=slot)) == ((), (0,), ())
 
 
+def test_input_and_output_of_an_all_to_all_are_different_memory() -> None:
+    steps = (Step(Kind.SEND, 1, src=Block(Buffer.INPUT, 1, 0)), Step(Kind.RECV, 1, dst=out(1)))
+    assert Schedule("all_to_all", "direct", 0, 2, 2, 1, steps).dependencies() == ((), ())
+
+
 def test_a_local_fold_reads_what_it_writes() -> None:
     slot = Block(Buffer.SCRATCH, 1, 0)
     assert dependencies(Step(Kind.RECV, 1, dst=slot), Step(Kind.RECV, 2, dst=out(0)), Step(Kind.REDUCE, src=slot, dst=out(0))) == (
@@ -128,6 +133,17 @@ def test_dependencies_point_backwards_to_other_queues_and_name_each_queue_once(k
                 assert all(earlier < index for earlier in needed)
                 assert len(set(queues)) == len(queues)
                 assert schedule.steps[index].queue not in queues
+
+
+@pytest.mark.parametrize("key", [key for key in BUILDERS if key[2] == "registered"], ids=" ".join)
+def test_a_fallback_waits_for_the_same_alone_as_behind_the_prelude(key: tuple[str, str, str]) -> None:
+    for size in (2, 4):
+        for rank in range(size):
+            schedule = build(*key, rank=rank, size=size, segments=2, root=1)
+            assert schedule.fallback is not None
+            start = len(schedule.prelude)
+            behind = [tuple(earlier - start for earlier in needed if earlier >= start) for needed in schedule.continued.dependencies()[start:]]
+            assert behind == list(schedule.fallback.dependencies())
 
 
 def decode(data: bytes) -> tuple[list[Schedule], list[list[tuple[int, ...]]]]:
@@ -173,7 +189,7 @@ def test_the_header_says_which_buffers_hold_all_chunks_and_whether_there_is_a_fa
 
     assert header(ring.all_reduce(1, 3, 4)) == (0x52465343, 3, 4, 0, 32, 1, 1, 1, 0)
     assert header(ring.reduce_scatter(1, 3, 1)) == (0x52465343, 3, 1, 3, 4, 1, 1, 0, 0)
-    assert header(direct.all_gather(1, 2, 1)) == (0x52465343, 2, 1, 0, 8, 2, 0, 1, 1)
+    assert header(direct_registered.all_gather(1, 2, 1)) == (0x52465343, 2, 1, 0, 8, 2, 0, 1, 1)
     assert header(direct.barrier(0, 1)) == (0x52465343, 1, 1, 0, 0, 2, 1, 1, 0)
 
 

@@ -11,6 +11,8 @@ from ringfold.collectives.promise import verify
 from ringfold.collectives.schedule import Block, Buffer, Kind, Schedule, ScheduleError, Step
 from ringfold.collectives.simulator import simulate
 
+from tests.harness.schedules import SUBJECTS
+
 
 def block(buffer: Buffer, chunk: int = 0, segment: int = 0) -> Block:
     return Block(buffer, chunk, segment)
@@ -106,9 +108,36 @@ def test_a_result_must_be_marked_final_and_hold_everyone() -> None:
     refuses(of("broadcast", [], [], root=0), "rank 1 ends with chunk 0 segment 0 of OUTPUT unwritten", check=verify)
 
 
-def test_input_of_reduce_scatter_and_all_gather_must_not_be_modified() -> None:
-    for op in ("reduce_scatter", "all_gather"):
-        refuses(of(op, [Step(Kind.RECV, 1, dst=IN)], [Step(Kind.SEND, 0, src=IN)]), "rank 0, step 0", "INPUT must not be modified")
+@pytest.mark.parametrize("op", ["reduce_scatter", "all_gather", "gather", "scatter", "reduce", "all_to_all"])
+def test_input_must_not_be_modified_where_it_is_not_the_output_too(op: str) -> None:
+    own, elsewhere = block(Buffer.INPUT, 1), block(Buffer.OUTPUT if op == "all_to_all" else Buffer.SCRATCH, 1)
+    there_and_back = [Step(Kind.COPY, src=own, dst=elsewhere), Step(Kind.COPY, src=elsewhere, dst=own)]
+    schedules = of(op, [], there_and_back, chunks=2, root=0 if op == "reduce" else 1)
+    refuses(schedules, "rank 1, step 1", "modifies INPUT chunk 1 segment 0 of rank 1: INPUT must not be modified")
+
+
+def test_only_the_root_has_the_output_of_a_reduce_or_gather_and_the_input_of_a_scatter() -> None:
+    for op in ("reduce", "gather"):
+        refuses(of(op, [], [Step(Kind.RECV, 0, dst=OUT)], chunks=2, root=0), "does not exist: only rank 0, the root, has OUTPUT")
+    refuses(of("scatter", [], [Step(Kind.SEND, 0, src=IN)], chunks=2, root=0), "does not exist: only rank 0, the root, has INPUT")
+
+
+def test_pieces_of_an_all_to_all_must_end_where_they_were_meant_to() -> None:
+    send = Step(Kind.SEND, 1, src=block(Buffer.INPUT, 1))
+    simulate(of("all_to_all", [send], [Step(Kind.RECV, 0, dst=OUT)], chunks=2), [1, 2, 3, 4])
+    refuses(of("all_to_all", [send], [Step(Kind.RECV, 0, dst=block(Buffer.OUTPUT, 1))], chunks=2), "the blocks do not match")
+    refuses(of("all_to_all", [replace(send, src=IN)], [Step(Kind.RECV, 0, dst=OUT)], chunks=2), "the blocks do not match")
+    refuses(of("all_to_all", [Step(Kind.COPY, src=IN, dst=block(Buffer.SCRATCH))], [], chunks=2), "have no common lengths to cut SCRATCH by")
+    pull = [Step(Kind.ATTACH, 0), FENCE, Step(Kind.PULL, 0, dst=block(Buffer.OUTPUT, 1))]
+    refuses(of("all_to_all", [Step(Kind.EXPOSE, 1)], pull, chunks=2), "rank 0 does not expose what belongs there")
+
+
+def test_what_follows_for_unregistered_memory_may_not_write_into_a_peers_vector() -> None:
+    for op in ("all_reduce", "reduce"):
+        schedules = registered(op)
+        body = [replace(s, steps=s.steps[len(s.prelude) :], fallback=None) for s in schedules]
+        broken = [replace(schedule, fallback=fallback) for schedule, fallback in zip(schedules, body, strict=True)]
+        refuses(broken, "writes into the vector of a peer, which may lie outside registered memory", check=verify)
 
 
 def test_scratch_and_output_must_be_written_before_they_are_read() -> None:
@@ -130,18 +159,25 @@ def registered(op: str, size: int = 3) -> list[Schedule]:
     return [build(op, "direct", "registered", rank, size, segments=1, root=0) for rank in range(size)]
 
 
-@pytest.mark.parametrize("op", ["all_reduce", "reduce_scatter", "all_gather", "broadcast"])
+EXPOSING = sorted(subject.op for subject in SUBJECTS if subject.variant == "registered")
+
+
+@pytest.mark.parametrize("op", EXPOSING)
 def test_a_rank_may_not_touch_a_vector_before_its_rank_has_come(op: str) -> None:
     schedules = registered(op)
-    fence = next(index for index, step in enumerate(schedules[1].steps) if step.kind is Kind.FENCE)
-    refuses([schedules[0], without(schedules[1], fence), schedules[2]], "rank 1", "does not wait for the ATTACH to rank")
+    visitor = 0 if op == "gather" else 1  # root 0 alone reads what is gathered
+    fence = next(index for index, step in enumerate(schedules[visitor].steps) if step.kind is Kind.FENCE)
+    schedules[visitor] = without(schedules[visitor], fence)
+    refuses(schedules, f"rank {visitor}", "does not wait for the ATTACH to rank")
 
 
-@pytest.mark.parametrize("op", ["all_reduce", "reduce_scatter", "all_gather", "broadcast"])
+@pytest.mark.parametrize("op", EXPOSING)
 def test_a_rank_may_not_leave_while_others_still_use_its_vector(op: str) -> None:
     schedules = registered(op)
-    fence = max(index for index, step in enumerate(schedules[1].steps) if step.kind is Kind.FENCE)
-    refuses([schedules[0], without(schedules[1], fence), schedules[2]], "rank 1", "touches the vector of rank", "before it ends")
+    visitor = 0 if op == "gather" else 1
+    fence = max(index for index, step in enumerate(schedules[visitor].steps) if step.kind is Kind.FENCE)
+    schedules[visitor] = without(schedules[visitor], fence)
+    refuses(schedules, f"rank {visitor}", "touches the vector of rank", "before it ends")
 
 
 def test_ranks_that_write_the_same_exposed_block_or_read_what_another_writes_race() -> None:
@@ -168,7 +204,7 @@ class Forgetful(Schedule):
         return tuple(tuple(i for i in needed if (index, i) != (later, lost)) for index, needed in enumerate(known))
 
 
-@pytest.mark.parametrize("make", [ring.all_reduce, ring.reduce_scatter, direct.all_reduce_exchange, direct.all_reduce_one_shot])
+@pytest.mark.parametrize("make", [ring.all_reduce, ring.reduce_scatter, direct.all_reduce, direct.all_reduce_one_shot])
 def test_every_single_dependency_on_a_write_is_needed_and_its_loss_is_found(make: Callable[[int, int, int], Schedule]) -> None:
     # Those of a write on a read are not all needed: what arrives may have been sent only after the peer had what was read.
     size, tried = 4, 0

@@ -1,0 +1,53 @@
+"""Every algorithm that there is, with its fallback, as a subject of proof; and the ranks, roots and segments worth telling apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ringfold.collectives.algorithms import BUILDERS, build
+from ringfold.collectives.schedule import ROOTED, Schedule
+
+__all__ = ["SUBJECTS", "Subject", "subjects"]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One way to run one operation."""
+
+    op: str
+    algorithm: str
+    variant: str
+
+    def __str__(self) -> str:
+        return f"{self.op} {self.algorithm} {self.variant}"
+
+    @property
+    def is_segmented(self) -> bool:
+        return self.op not in ("barrier", "all_to_all")
+
+    def schedules(self, size: int, segments: int = 1, root: int = 0) -> list[Schedule]:
+        """Return the schedules of all ranks."""
+        return [build(self.op, self.algorithm, self.variant, rank, size, segments, root) for rank in range(size)]
+
+    def cases(self, size: int) -> Iterator[list[Schedule]]:
+        """Yield all schedules worth telling apart: several segment counts (6 is more than the ring keeps in flight), several roots."""
+        several = (1, 2, 3, 6) if size <= 5 else (1, 3) if size <= 9 else (1 + size % 3,)
+        for segments in several if self.is_segmented else (1,):
+            for root in roots(self.op, size) if segments != 2 else [0]:
+                yield self.schedules(size, segments, root)
+
+
+def roots(op: str, size: int) -> list[int]:
+    """Return all roots of few ranks, the ends and the middle of many."""
+    if op not in ROOTED:
+        return [0]
+    return list(range(size)) if size <= 5 else [0, size // 2, size - 1]
+
+
+SUBJECTS = [Subject(*key) for key in BUILDERS]
+
+
+def subjects(op: str, *variants: str) -> list[Subject]:
+    """Return the subjects of an operation, of all variants or of the named ones."""
+    return [subject for subject in SUBJECTS if subject.op == op and (not variants or subject.variant in variants)]
