@@ -190,7 +190,7 @@ std::string Communicator::Standing(const Operation& operation, int known) const 
   std::string text = "rank " + std::to_string(context_->rank()) + " was at step " + std::to_string(operation.steps_done()) + " of " +
                      std::to_string(operation.steps());
   const int peer = operation.WaitingFor();
-  if (peer < 0) return text + ", behind an earlier operation";
+  if (peer < 0) return text + (operation.request().op == OpCode::kRecv ? ", waiting for anybody" : ", behind an earlier operation");
   if (WorldRank(peer) == known) return text + ", waiting for it";
   int end;
   return text + ", waiting for " + context_->roster().Chain(WorldRank(peer), operation.issued_ns(), &end);

@@ -45,6 +45,15 @@ bool Inbox::Wanted(int sender) const {
   });
 }
 
+// Whether some receive waits for this sender alone, or for anybody although all have ended.
+bool Inbox::InVain(int ended) const {
+  const auto gone = std::count_if(senders_.begin(), senders_.end(), [](const Sender& sender) { return sender.ended; });
+  const bool all_gone = static_cast<size_t>(gone) + 1 >= senders_.size();
+  return std::any_of(posted_.begin(), posted_.end(), [=](const auto& operation) {
+    return !operation->bound() && (operation->request().peer == ended || (operation->request().peer < 0 && all_gone));
+  });
+}
+
 std::shared_ptr<Operation> Inbox::Match(int sender, uint32_t tag) const {
   for (const auto& operation : posted_)
     if (!operation->bound() && Takes(*operation, sender, tag)) return operation;
@@ -62,9 +71,14 @@ bool Inbox::Progress(Peers* peers, const std::function<const Program*(int)>& pro
       if (sender.receiving == nullptr && sender.putting_aside == nullptr) {
         if (!Wanted(s)) break;
         FrameHeader header;
-        const Io io = channel->Peek(&header);
-        if (io == Io::kBroken) *lost = s;
-        if (io == Io::kBroken) return true;
+        const Io io = sender.ended ? Io::kBroken : channel->Peek(&header);
+        if (io == Io::kBroken) {
+          // It said farewell, or its link tells of its death. Who receives from anybody can still hear from the others.
+          sender.ended = true;
+          if (!InVain(s)) break;
+          *lost = s;
+          return true;
+        }
         if (io != Io::kDone) break;
         sender.receiving = Match(s, TagOf(header));
         if (sender.receiving != nullptr) {

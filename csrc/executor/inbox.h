@@ -44,9 +44,11 @@ class Inbox {
   struct Sender {
     std::shared_ptr<Operation> receiving;   // the receive that its message in front goes to
     std::unique_ptr<Aside> putting_aside;
+    bool ended = false;  // its stream has
   };
 
   bool Wanted(int sender) const;
+  bool InVain(int ended) const;
   std::shared_ptr<Operation> Match(int sender, uint32_t tag) const;
   void Forget(const Operation* operation);
 

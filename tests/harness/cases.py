@@ -11,7 +11,8 @@ from torch import Tensor
 
 from tests.harness.compare import FLOATS, INTEGERS, assert_bitwise_equal, assert_fold, bits, fold_bound, reference
 
-DTYPES = (*FLOATS, *INTEGERS)
+DTYPES = (*FLOATS, torch.int32, torch.int64, torch.uint8)
+EVERY_DTYPE = (*FLOATS, *INTEGERS, torch.bool)
 REDUCTIONS = ("sum", "avg", "min", "max", "prod")
 ALGORITHMS = (None, "ring", "direct")
 
@@ -31,7 +32,9 @@ def random_values(dtype: torch.dtype, *shape: int, seed: int = 0, narrow: bool =
 
     `narrow`: magnitudes in [1/2, 2), so that a product of eight stays finite and normal in every dtype.
     """
-    generator = torch.Generator().manual_seed(1000 * seed + DTYPES.index(dtype))
+    generator = torch.Generator().manual_seed(1000 * seed + EVERY_DTYPE.index(dtype))
+    if dtype is torch.bool:
+        return torch.rand(shape, generator=generator) < 0.5
     if dtype in INTEGERS:
         info = torch.iinfo(dtype)
         return torch.randint(info.min, info.max, shape, dtype=dtype, generator=generator)

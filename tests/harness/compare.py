@@ -12,11 +12,14 @@ The bounds, with u the unit roundoff (half the distance from 1 to the next numbe
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-INTEGERS = (torch.int32, torch.int64, torch.uint8)
+INTEGERS = (torch.int32, torch.int64, torch.uint8, torch.int8, torch.int16)
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+BITWISE = {"band": torch.bitwise_and, "bor": torch.bitwise_or, "bxor": torch.bitwise_xor}
 U32 = torch.finfo(torch.float32).eps / 2
 
 
@@ -35,6 +38,11 @@ def reference(op: str, inputs: Tensor) -> Tensor:
 
     avg of integers is the sum, in the integers' own type, divided and truncated towards zero.
     """
+    if inputs.dtype is torch.bool:
+        counted = inputs.sum(0)
+        return {"sum": counted > 0, "max": counted > 0, "bor": counted > 0, "bxor": counted % 2 == 1}.get(op, counted == inputs.shape[0])
+    if op in BITWISE:
+        return functools.reduce(BITWISE[op], inputs)
     wide = inputs.to(torch.int64 if inputs.dtype in INTEGERS else torch.float64)
     if op == "sum":
         return wide.sum(0)
