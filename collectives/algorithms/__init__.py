@@ -11,10 +11,13 @@ from ringfold.collectives.algorithms import direct, direct_registered, ring
 from ringfold.collectives.errors import ConfigError, nearest
 from ringfold.collectives.schedule import ROOTED, Schedule
 
-__all__ = ["BUILDERS", "build"]
+__all__ = ["BUILDERS", "FALLBACKS", "build"]
+
+# How a registered schedule goes on when some vector is not in registered memory: through the transport, or reading where the vectors lie.
+FALLBACKS = ("exchange", "remote")
 
 # (op, algorithm, variant) -> the function that makes one rank's schedule. All take rank and size; then those of rooted operations the root,
-# and those that pipeline, all but barrier's and all_to_all's, the number of segments.
+# and those that pipeline, all but barrier's and all_to_all's, the number of segments; and registered ones the name of their fallback.
 BUILDERS: dict[tuple[str, str, str], Callable[..., Schedule]] = {
     ("all_reduce", "ring", "pipelined"): ring.all_reduce,
     ("all_reduce", "direct", "registered"): direct_registered.all_reduce,
@@ -41,11 +44,13 @@ BUILDERS: dict[tuple[str, str, str], Callable[..., Schedule]] = {
 }
 
 
-def build(op: str, algorithm: str, variant: str, rank: int, size: int, segments: int = 1, root: int = -1) -> Schedule:
-    """Return one rank's schedule of the named algorithm; `root` is used by broadcast, reduce, gather and scatter only.
+def build(op: str, algorithm: str, variant: str, rank: int, size: int, segments: int = 1, root: int = -1, *, fallback: str = "exchange") -> Schedule:
+    """Return one rank's schedule of the named algorithm.
+
+    root: of broadcast, reduce, gather and scatter. fallback: of a registered variant, "remote" where ranks can read each other's memory.
 
     Raises:
-        ConfigError: no such operation, algorithm or variant.
+        ConfigError: no such operation, algorithm, variant or fallback.
     """
     builder = BUILDERS.get((op, algorithm, variant))
     if builder is None:
@@ -57,9 +62,13 @@ def build(op: str, algorithm: str, variant: str, rank: int, size: int, segments:
             + (f"; did you mean {guess!r}?" if guess else "")
             + f" Known: {', '.join(known)}."
         )
-    arguments = [rank, size]
+    if fallback not in FALLBACKS:
+        raise ConfigError(f"no fallback {fallback!r} of {op}; known: {', '.join(FALLBACKS)}")
+    arguments: list[object] = [rank, size]
     if op in ROOTED:
         arguments.append(root)
     if op not in ("barrier", "all_to_all"):
         arguments.append(segments)
+    if variant == "registered":
+        arguments.append(fallback)
     return builder(*arguments)

@@ -15,6 +15,9 @@ All fold in rank order, as the exchange does.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 from ringfold.collectives.algorithms import direct, ring
 from ringfold.collectives.algorithms.direct import own_chunk, peers_of
 from ringfold.collectives.cost import Cost, Link
@@ -25,62 +28,75 @@ __all__ = ["all_gather", "all_reduce", "all_to_all", "broadcast", "cost", "gathe
 FENCE = Step(Kind.FENCE)
 
 
-def all_reduce(rank: int, size: int, segments: int) -> Schedule:
+def all_reduce(rank: int, size: int, segments: int, fallback: str) -> Schedule:
     """Return the registered all_reduce, in place in OUTPUT."""
-    folds = [Step(Kind.FOLD, dst=Block(Buffer.OUTPUT, rank, s), final=True, spread=True) for s in range(segments)]
-    return _among_all("all_reduce", rank, size, segments, folds, direct.all_reduce(rank, size, segments))
+    peers = peers_of(rank, size)
+    folds = _folds(Block(Buffer.OUTPUT, rank, 0), segments)
+    spread = [replace(fold, spread=True) for fold in folds]
+    # A peer may still be folding from the chunk that is pulled into: first they meet.
+    remote = [*folds, *_meet(peers), FENCE, *_pull_chunks(rank, size, segments), *_meet(peers)]
+    return _registered(direct.all_reduce(rank, size, segments), fallback, [*_introduce(peers), *spread, *_meet(peers)], remote)
 
 
-def reduce_scatter(rank: int, size: int, segments: int) -> Schedule:
+def reduce_scatter(rank: int, size: int, segments: int, fallback: str) -> Schedule:
     """Return the registered reduce_scatter: chunk `rank` of every exposed INPUT is folded into OUTPUT."""
-    folds = [Step(Kind.FOLD, dst=Block(Buffer.OUTPUT, rank, s), final=True) for s in range(segments)]
-    return _among_all("reduce_scatter", rank, size, segments, folds, direct.reduce_scatter(rank, size, segments))
+    peers = peers_of(rank, size)
+    steps = [*_introduce(peers), *_folds(Block(Buffer.OUTPUT, rank, 0), segments), *_meet(peers)]
+    return _registered(direct.reduce_scatter(rank, size, segments), fallback, steps)
 
 
-def reduce(rank: int, size: int, root: int, segments: int) -> Schedule:
+def reduce(rank: int, size: int, root: int, segments: int, fallback: str) -> Schedule:
     """Return the registered reduce: each rank folds its chunk of every exposed INPUT into the root's, which is the root's OUTPUT."""
-    if rank == root:
-        folds = [Step(Kind.FOLD, dst=Block(Buffer.OUTPUT, rank, s), final=True) for s in range(segments)]
+    peers, is_root = peers_of(rank, size), rank == root
+    exchange = direct.reduce(rank, size, root, segments)
+    if is_root:
+        folds = _folds(Block(Buffer.OUTPUT, rank, 0), segments)
+        arriving = [Step(Kind.RECV, peer, dst=Block(Buffer.OUTPUT, peer, s)) for s in range(segments) for peer in peers]
+        remote = [*folds, *arriving, *_dismiss(peers)]
     else:
-        folds = [Step(Kind.FOLD, root, dst=Block(Buffer.INPUT, rank, s), final=True) for s in range(segments)]
-    return _among_all("reduce", rank, size, segments, folds, direct.reduce(rank, size, root, segments))
+        folds = [replace(fold, peer=root) for fold in _folds(Block(Buffer.INPUT, rank, 0), segments)]
+        slot = Block(Buffer.SCRATCH, rank, 0)
+        leaving = [Step(Kind.SEND, root, src=replace(slot, segment=s)) for s in range(segments)]
+        remote = [*_folds(slot, segments), *leaving, Step(Kind.RECV, root)]
+    return _registered(exchange, fallback, [*_introduce(peers), *folds, *_meet(peers)], remote, slots=0 if is_root else rank + 1)
 
 
-def all_gather(rank: int, size: int, segments: int) -> Schedule:
+def all_gather(rank: int, size: int, segments: int, fallback: str) -> Schedule:
     """Return the registered all_gather: each rank pulls the exposed INPUT chunk of every other."""
-    pulls = _pull_chunks(rank, size, segments)
-    return _among_all("all_gather", rank, size, segments, pulls + own_chunk(rank, segments), direct.all_gather(rank, size, segments))
+    peers = peers_of(rank, size)
+    steps = [*_introduce(peers), *_pull_chunks(rank, size, segments), *own_chunk(rank, segments), *_meet(peers)]
+    return _registered(direct.all_gather(rank, size, segments), fallback, steps)
 
 
-def all_to_all(rank: int, size: int) -> Schedule:
+def all_to_all(rank: int, size: int, fallback: str) -> Schedule:
     """Return the registered all_to_all: each rank pulls from every other the INPUT chunk that is exposed to it."""
-    return _among_all("all_to_all", rank, size, 1, _pull_chunks(rank, size, 1) + own_chunk(rank, 1), direct.all_to_all(rank, size))
+    peers = peers_of(rank, size)
+    steps = [*_introduce(peers), *_pull_chunks(rank, size, 1), *own_chunk(rank, 1), *_meet(peers)]
+    return _registered(direct.all_to_all(rank, size), fallback, steps)
 
 
-def broadcast(rank: int, size: int, root: int, segments: int) -> Schedule:
+def broadcast(rank: int, size: int, root: int, segments: int, fallback: str) -> Schedule:
     """Return the registered broadcast: all pull the root's exposed vector (one chunk, in OUTPUT)."""
     pulls = [] if rank == root else [Step(Kind.PULL, root, dst=Block(Buffer.OUTPUT, 0, s)) for s in range(segments)]
-    return _from_root("broadcast", rank, size, root, segments, 1, pulls, ring.broadcast(rank, size, root, segments))
+    return _registered(ring.broadcast(rank, size, root, segments), fallback, _around_root(rank, size, root, pulls))
 
 
-def scatter(rank: int, size: int, root: int, segments: int) -> Schedule:
+def scatter(rank: int, size: int, root: int, segments: int, fallback: str) -> Schedule:
     """Return the registered scatter: each rank pulls its chunk of the root's exposed INPUT."""
-    steps = own_chunk(rank, segments) if rank == root else [Step(Kind.PULL, root, dst=Block(Buffer.OUTPUT, rank, s)) for s in range(segments)]
-    return _from_root("scatter", rank, size, root, segments, size, steps, direct.scatter(rank, size, root, segments))
+    pulls = [Step(Kind.PULL, root, dst=Block(Buffer.OUTPUT, rank, s)) for s in range(segments)]
+    body = own_chunk(rank, segments) if rank == root else pulls
+    return _registered(direct.scatter(rank, size, root, segments), fallback, _around_root(rank, size, root, body))
 
 
-def gather(rank: int, size: int, root: int, segments: int) -> Schedule:
+def gather(rank: int, size: int, root: int, segments: int, fallback: str) -> Schedule:
     """Return the registered gather: the root pulls the exposed INPUT chunk of every other rank; all hear of all, to decide alike."""
-    fallback = direct.gather(rank, size, root, segments)
-    if size == 1:
-        return fallback
     peers = peers_of(rank, size)
     steps = _introduce(peers)
     if rank == root:
-        steps += [*_pull_chunks(rank, size, segments), *own_chunk(rank, segments), FENCE, *(Step(Kind.SEND, peer) for peer in peers)]
+        steps += [*_pull_chunks(rank, size, segments), *own_chunk(rank, segments), *_dismiss(peers)]
     else:
         steps.append(Step(Kind.RECV, root))
-    return Schedule("gather", "direct", rank, size, size, segments, tuple(steps), root=root, fallback=fallback)
+    return _registered(direct.gather(rank, size, root, segments), fallback, steps)
 
 
 def cost(op: str, size: int, nbytes: int, link: Link) -> Cost:
@@ -109,22 +125,30 @@ def _meet(peers: list[int]) -> list[Step]:
     return [FENCE] + [Step(Kind.SEND, peer) for peer in peers] + [Step(Kind.RECV, peer) for peer in peers]
 
 
-def _among_all(op: str, rank: int, size: int, segments: int, body: list[Step], fallback: Schedule) -> Schedule:
-    """Surround `body` with what makes it safe: nobody touches a vector before its rank has come, or leaves while others use its own."""
-    if size == 1:
-        return fallback
-    peers = peers_of(rank, size)
-    steps = [*_introduce(peers), *body, *_meet(peers)]
-    return Schedule(op, "direct", rank, size, size, segments, tuple(steps), root=fallback.root, fallback=fallback)
+def _dismiss(peers: list[int]) -> list[Step]:
+    """Tell the peers, who wait for this rank only, that what came before is complete."""
+    return [FENCE] + [Step(Kind.SEND, peer) for peer in peers]
 
 
-def _from_root(op: str, rank: int, size: int, root: int, segments: int, chunks: int, body: list[Step], fallback: Schedule) -> Schedule:
+def _folds(first: Block, segments: int) -> list[Step]:
+    """Fold every segment of the chunk of which `first` is the first."""
+    return [Step(Kind.FOLD, dst=replace(first, segment=s), final=True) for s in range(segments)]
+
+
+def _around_root(rank: int, size: int, root: int, body: list[Step]) -> list[Step]:
     """Surround `body`, in which only the root's vector is read by others, with what makes that safe."""
-    if size == 1:
-        return fallback
     peers = peers_of(rank, size)
     if rank == root:
-        steps = [Step(Kind.EXPOSE, peer) for peer in peers] + [FENCE, *body] + [Step(Kind.RECV, peer) for peer in peers]
-    else:
-        steps = [Step(Kind.ATTACH, root), FENCE, *body, FENCE, Step(Kind.SEND, root)]
-    return Schedule(op, "direct", rank, size, chunks, segments, tuple(steps), root=root, fallback=fallback)
+        return [*(Step(Kind.EXPOSE, peer) for peer in peers), FENCE, *body, *(Step(Kind.RECV, peer) for peer in peers)]
+    return [Step(Kind.ATTACH, root), FENCE, *body, FENCE, Step(Kind.SEND, root)]
+
+
+def _registered(exchange: Schedule, fallback: str, steps: Sequence[Step], remote: Sequence[Step] | None = None, slots: int = 0) -> Schedule:
+    """Return the schedule of `steps`, with the exchange or `remote` (by default the same steps) to go on with after the prelude."""
+    if exchange.size == 1:
+        return exchange
+    registered = replace(exchange, algorithm="direct", steps=tuple(steps), scratch_chunks=0)
+    if fallback == "exchange":
+        return replace(registered, fallback=exchange)
+    after = registered.steps[len(registered.prelude) :] if remote is None else tuple(remote)
+    return replace(registered, fallback=replace(registered, steps=after, scratch_chunks=slots))

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ringfold.collectives.algorithms import BUILDERS, build
+from ringfold.collectives.algorithms import BUILDERS, FALLBACKS, build
 from ringfold.collectives.schedule import ROOTED, Schedule
 
-__all__ = ["SUBJECTS", "Subject", "subjects"]
+__all__ = ["SUBJECTS", "Subject"]
 
 
 @dataclass(frozen=True)
@@ -18,9 +18,11 @@ class Subject:
     op: str
     algorithm: str
     variant: str
+    fallback: str = "exchange"
 
     def __str__(self) -> str:
-        return f"{self.op} {self.algorithm} {self.variant}"
+        name = f"{self.op} {self.algorithm} {self.variant}"
+        return name if self.fallback == "exchange" else f"{name} else {self.fallback}"
 
     @property
     def is_segmented(self) -> bool:
@@ -28,7 +30,7 @@ class Subject:
 
     def schedules(self, size: int, segments: int = 1, root: int = 0) -> list[Schedule]:
         """Return the schedules of all ranks."""
-        return [build(self.op, self.algorithm, self.variant, rank, size, segments, root) for rank in range(size)]
+        return [build(self.op, self.algorithm, self.variant, rank, size, segments, root, fallback=self.fallback) for rank in range(size)]
 
     def cases(self, size: int) -> Iterator[list[Schedule]]:
         """Yield all schedules worth telling apart: several segment counts (6 is more than the ring keeps in flight), several roots."""
@@ -45,9 +47,4 @@ def roots(op: str, size: int) -> list[int]:
     return list(range(size)) if size <= 5 else [0, size // 2, size - 1]
 
 
-SUBJECTS = [Subject(*key) for key in BUILDERS]
-
-
-def subjects(op: str, *variants: str) -> list[Subject]:
-    """Return the subjects of an operation, of all variants or of the named ones."""
-    return [subject for subject in SUBJECTS if subject.op == op and (not variants or subject.variant in variants)]
+SUBJECTS = [Subject(*key, fallback) for key in BUILDERS for fallback in (FALLBACKS if key[2] == "registered" else ("exchange",))]

@@ -48,9 +48,10 @@ def mutations(schedule: Schedule) -> Iterator[tuple[str, Schedule]]:
                 yield f"steps {index - 1} ({before}) and {index} ({step}) swapped", replace(schedule, steps=swapped)
 
 
-def all_mutations(schedule: Schedule) -> Iterator[tuple[str, Schedule]]:
+def all_mutations(subject: Subject, schedule: Schedule) -> Iterator[tuple[str, Schedule]]:
     """The mutations of a schedule and of its fallback."""
-    yield from mutations(schedule)
+    if subject.fallback == "exchange":  # otherwise the schedule itself is another subject's, too
+        yield from mutations(schedule)
     if schedule.fallback is not None:
         for name, damaged in mutations(schedule.fallback):
             yield f"fallback: {name}", replace(schedule, fallback=damaged)
@@ -63,7 +64,7 @@ def test_every_mutation_of_every_step_is_caught(subject: Subject) -> None:
     schedules = subject.schedules(size, segments=2, root=1)
     survivors, tried = [], 0
     for rank in (0, 1, 2, size - 1):
-        for name, damaged in all_mutations(schedules[rank]):
+        for name, damaged in all_mutations(subject, schedules[rank]):
             tried += 1
             try:
                 verify(subject.op, [damaged if schedule.rank == rank else schedule for schedule in schedules], count=100)

@@ -13,6 +13,8 @@ from ringfold.collectives.algorithms import BUILDERS, build, direct, direct_regi
 from ringfold.collectives.errors import RingfoldError
 from ringfold.collectives.schedule import Block, Buffer, Kind, Schedule, ScheduleError, Step, block_lengths, partition
 
+from tests.harness.schedules import SUBJECTS, Subject
+
 
 def out(chunk: int, segment: int = 0) -> Block:
     return Block(Buffer.OUTPUT, chunk, segment)
@@ -135,11 +137,10 @@ def test_dependencies_point_backwards_to_other_queues_and_name_each_queue_once(k
                 assert schedule.steps[index].queue not in queues
 
 
-@pytest.mark.parametrize("key", [key for key in BUILDERS if key[2] == "registered"], ids=" ".join)
-def test_a_fallback_waits_for_the_same_alone_as_behind_the_prelude(key: tuple[str, str, str]) -> None:
+@pytest.mark.parametrize("subject", [subject for subject in SUBJECTS if subject.variant == "registered"], ids=str)
+def test_a_fallback_waits_for_the_same_alone_as_behind_the_prelude(subject: Subject) -> None:
     for size in (2, 4):
-        for rank in range(size):
-            schedule = build(*key, rank=rank, size=size, segments=2, root=1)
+        for schedule in subject.schedules(size, segments=2, root=1):
             assert schedule.fallback is not None
             start = len(schedule.prelude)
             behind = [tuple(earlier - start for earlier in needed if earlier >= start) for needed in schedule.continued.dependencies()[start:]]
@@ -189,7 +190,7 @@ def test_the_header_says_which_buffers_hold_all_chunks_and_whether_there_is_a_fa
 
     assert header(ring.all_reduce(1, 3, 4)) == (0x52465343, 3, 4, 0, 32, 1, 1, 1, 0)
     assert header(ring.reduce_scatter(1, 3, 1)) == (0x52465343, 3, 1, 3, 4, 1, 1, 0, 0)
-    assert header(direct_registered.all_gather(1, 2, 1)) == (0x52465343, 2, 1, 0, 8, 2, 0, 1, 1)
+    assert header(direct_registered.all_gather(1, 2, 1, "exchange")) == (0x52465343, 2, 1, 0, 8, 2, 0, 1, 1)
     assert header(direct.barrier(0, 1)) == (0x52465343, 1, 1, 0, 0, 2, 1, 1, 0)
 
 

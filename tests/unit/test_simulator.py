@@ -159,7 +159,7 @@ def registered(op: str, size: int = 3) -> list[Schedule]:
     return [build(op, "direct", "registered", rank, size, segments=1, root=0) for rank in range(size)]
 
 
-EXPOSING = sorted(subject.op for subject in SUBJECTS if subject.variant == "registered")
+EXPOSING = sorted({subject.op for subject in SUBJECTS if subject.variant == "registered"})
 
 
 @pytest.mark.parametrize("op", EXPOSING)
