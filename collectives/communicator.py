@@ -28,6 +28,7 @@ from ringfold.collectives.errors import ConfigError
 from ringfold.collectives.issue import Issuer
 from ringfold.collectives.objects import Objects
 from ringfold.collectives.operand import rescale
+from ringfold.collectives.order import OrderCheck
 from ringfold.collectives.page import OperationCounter, Page
 from ringfold.collectives.session import Session
 from ringfold.collectives.work import Work, Works
@@ -64,9 +65,12 @@ class Communicator(Issuer, Objects):
         super().__init__(session, members, name)
         self._owns_session = name == "world" if owns_session is None else owns_session
         if self.size > 1:
-            identity = self._identity()
-            self._handle = core.communicator(session.context, identity, name, members)
-            self._open(identity)
+            self.identity = self._identity()
+            session.communicator_names[self.identity] = name
+            self._handle = core.communicator(session.context, self.identity, name, members)
+            self._open(self.identity)
+            if session.job.checks_order:
+                self._order = OrderCheck(self)
 
     def _identity(self) -> int:
         """Return 32 bits that the members agree on and no other communicator here has: of its name, its members and how often it was made."""

@@ -35,6 +35,8 @@ TIMEOUT_S = "RINGFOLD_TIMEOUT_S"
 TRANSPORT = "RINGFOLD_TRANSPORT"
 LOG_DIR = "RINGFOLD_LOG_DIR"
 QUIET = "RINGFOLD_QUIET"
+CHECK_ORDER = "RINGFOLD_CHECK_ORDER"  # "1": compare what ranks are about to do before each collective
+FLIGHT_DIR = "RINGFOLD_FLIGHT_DIR"  # where the flight recorder writes
 
 Source = Literal["ringfold", "torchrun", "openmpi", "hydra", "slurm", "single"]
 Transport = Literal["auto", "shm", "tcp"]
@@ -84,6 +86,7 @@ class Job:
     page_fd: int | None = None
     transport: Transport = "auto"
     timeout_s: float = DEFAULT_TIMEOUT_S
+    checks_order: bool = False
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] = os.environ) -> Job:
@@ -123,6 +126,7 @@ class Job:
             page_fd=page_fd if page_fd >= 0 else None,
             transport=cast(Transport, transport),
             timeout_s=timeout_s,
+            checks_order=variables.choice(CHECK_ORDER, ("0", "1"), "0") == "1",
         )
 
 

@@ -10,16 +10,20 @@ import struct
 from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 import torch
 from ringfold.collectives import registered, select
 from ringfold.collectives._native import Outcome, core, failure
 from ringfold.collectives.algorithms import build
 from ringfold.collectives.codes import OPERATIONS
-from ringfold.collectives.errors import CommunicationError, ConfigError
+from ringfold.collectives.errors import CollectiveMismatch, CollectiveTimeout, CommunicationError, ConfigError, PeerLost
 from ringfold.collectives.operand import DTYPES, prepare, reduction_code
 from ringfold.collectives.session import Session
 from ringfold.collectives.work import Work, Works
+
+if TYPE_CHECKING:
+    from ringfold.collectives.order import OrderCheck
 
 __all__ = ["Issuer"]
 
@@ -48,6 +52,7 @@ class Issuer:
         self._plans: dict[tuple[object, ...], Plan] = {}
         self._programs: dict[tuple[object, ...], int] = {}
         self._in_flight: deque[Work] = deque()
+        self._order: OrderCheck | None = None
 
     # -- checks -----------------------------------------------------------------------------------------------------------------------
 
@@ -123,6 +128,8 @@ class Issuer:
             self._require_open(op)
         if self._handle is None:
             return _alone(input, output, async_op)
+        if self._order is not None:
+            self._order.meet(_describe(op, dtype, reduction, count, root, counts, output_counts))
         program, operation, dtype_code, code, offsets = plan
         arguments = (
             self._handle,
@@ -283,8 +290,26 @@ class Issuer:
         return work
 
     def _fail(self, outcome: Outcome) -> None:
-        """Raise what an operation's outcome stands for."""
-        raise failure(outcome)
+        """Raise what an operation's outcome stands for, and write down what led to it."""
+        error = failure(outcome)
+        folder = self.session.record_flight(error) if isinstance(error, PeerLost | CollectiveTimeout | CollectiveMismatch) else None
+        if folder is not None:
+            error.args = (f"{error}\n  The last operations of this rank, and of the one at fault if it is on this host, are in {folder}",)
+        raise error
+
+
+def _describe(
+    op: str, dtype: torch.dtype, reduction: str, count: int, root: int, counts: Sequence[int] | None, output_counts: Sequence[int] | None
+) -> str:
+    """Return what must be the same on every rank."""
+    words = [f"{op} ({str(dtype).removeprefix('torch.')}"]
+    if output_counts is None:
+        words.append(f" x {count}" if counts is None else f" x {count} in pieces of {list(counts)}")
+    if op in FOLDING:
+        words.append(f", {reduction}")
+    if root >= 0:
+        words.append(f", root {root}")
+    return "".join(words) + ")"
 
 
 def _is_plain(tensor: torch.Tensor | None) -> bool:

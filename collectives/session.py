@@ -9,11 +9,13 @@ from __future__ import annotations
 import os
 import socket
 import weakref
+from pathlib import Path
 
-from ringfold.collectives import rendezvous
+from ringfold.collectives import flight_recorder, rendezvous
 from ringfold.collectives._native import check, core, pool
 from ringfold.collectives.call_site import CallSites
 from ringfold.collectives.environment import Job
+from ringfold.collectives.errors import CommunicationError
 from ringfold.collectives.page import Page, State
 
 __all__ = ["Session"]
@@ -34,6 +36,8 @@ class Session:
         self.rank = membership.rank
         self.world_size = membership.world_size
         self.communicators_made: dict[tuple[str, tuple[int, ...]], int] = {}
+        self.communicator_names: dict[int, str] = {}  # by the number that the core and the page know them by
+        self._has_recorded = False
         self.near = [rank in membership.links and membership.links[rank].family == socket.AF_UNIX for rank in range(self.world_size)]
         local = 1 + sum(self.near)
         self.has_core_each = len(os.sched_getaffinity(0)) >= local
@@ -68,6 +72,24 @@ class Session:
         """Seconds that this process has spent blocked in operations, of all communicators."""
         seconds: float = core.waited_seconds_in_all(self.context)
         return seconds
+
+    def record_flight(self, error: CommunicationError) -> Path | None:
+        """Write down the last operations of this rank, and of the rank at fault if its page is at hand, at the first error only; return where."""
+        if self._has_recorded or self.closed:
+            return None
+        self._has_recorded = True
+        folder, why = flight_recorder.directory(self.job.job_id), str(error)
+        pages = {peer: Page.attach(fd) for peer, fd in core.peer_pages(self.context).items()}
+        try:
+            flight_recorder.write(self.page, folder, why, self.communicator_names)
+            if error.peer in pages:
+                flight_recorder.write(pages[error.peer], folder, why, self.communicator_names)
+        except OSError:  # a full disk must not hide the error
+            return None
+        finally:
+            for page in pages.values():
+                page.close()
+        return folder
 
     def close(self) -> None:
         """Say farewell to the peers (unless this rank has failed) and end every thread, socket and mapping; may be called again."""

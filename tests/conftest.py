@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import tempfile
 from collections.abc import Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: ranks share few cores, and a fold's threads would only wait
+
+# Ranks that are made to fail write down their last operations; not among the user's files.
+FLIGHTS = os.environ.setdefault("RINGFOLD_FLIGHT_DIR", tempfile.mkdtemp(prefix="ringfold-flights-"))
 
 import pytest
 
@@ -24,6 +29,7 @@ def fork_server() -> Iterator[None]:
     """End the server (started by the first `run_ranks`) with the session."""
     yield
     close_server()
+    shutil.rmtree(FLIGHTS, ignore_errors=True)
 
 
 @pytest.fixture

@@ -29,6 +29,7 @@ MAY_IMPORT_TORCH = {
     "collectives/issue.py",
     "collectives/objects.py",
     "collectives/operand.py",
+    "collectives/order.py",
     "collectives/transport.py",
 }
 CORE_IS_IMPORTED_BY = {"collectives/_native.py"}
