@@ -57,7 +57,8 @@ def prepare(tensor: torch.Tensor, where: str, reduction: str | None, reads: bool
     if not packed.is_contiguous() or packed.is_neg() or tensor.is_conj():
         packed = _packed(packed, reads)
         original = tensor.detach() if writes else None
-    flat = packed.view(-1)
+    # One element is contiguous whatever its stride says, but has to say 1 to be looked at as bytes.
+    flat = packed.view(-1).as_strided((packed.numel(),), (1,))
     if flat.dtype not in DTYPES:
         flat = flat.view(torch.uint8)
     return Operand(flat, _factor(tensor, flat), original)

@@ -89,7 +89,7 @@ def assert_fold(actual: Tensor, expected: Tensor, bound: Tensor | None, case: st
 
 def bits(tensor: Tensor) -> bytes:
     """Return the elements as they lie in memory: two tensors are the same only if these are (nan, -0.0)."""
-    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    return tensor.detach().clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8).numpy().tobytes()
 
 
 def assert_bitwise_equal(actual: Tensor, expected: Tensor, case: str = "") -> None:
