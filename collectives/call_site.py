@@ -15,6 +15,7 @@ from ringfold.collectives.page import SITE_COUNT, Page
 __all__ = ["CallSites"]
 
 UNKNOWN = 0
+OUR_OWN = -1  # a frame of ringfold itself: look at its caller
 PACKAGE = "ringfold."
 
 
@@ -25,23 +26,26 @@ class CallSites:
         self._page = page
         # Code objects are kept, so that no later one gets the address of one that has gone.
         self._rows: dict[tuple[int, int], tuple[int, CodeType]] = {}
+        self._used = 0
 
     def row(self, depth: int) -> int:
         """Return the row of the innermost frame outside ringfold, beginning `depth` frames above this call."""
         frame: FrameType | None = sys._getframe(depth + 1)
-        while frame is not None and frame.f_globals.get("__name__", "").startswith(PACKAGE):
+        while frame is not None:
+            known = self._rows.get((id(frame.f_code), frame.f_lasti))
+            row = known[0] if known is not None else self._add(frame)
+            if row != OUR_OWN:
+                return row
             frame = frame.f_back
-        if frame is None:
-            return UNKNOWN
-        code = frame.f_code
-        known = self._rows.get((id(code), frame.f_lasti))
-        return known[0] if known is not None else self._add(frame)
+        return UNKNOWN
 
     def _add(self, frame: FrameType) -> int:
-        row = len(self._rows) + 1
-        if row >= SITE_COUNT:
-            return UNKNOWN
-        self._page.write_site(row, describe(frame))
+        row = OUR_OWN
+        if not frame.f_globals.get("__name__", "").startswith(PACKAGE):
+            if self._used + 1 >= SITE_COUNT:
+                return UNKNOWN
+            self._used = row = self._used + 1
+            self._page.write_site(row, describe(frame))
         self._rows[id(frame.f_code), frame.f_lasti] = (row, frame.f_code)
         return row
 

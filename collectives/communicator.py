@@ -12,7 +12,7 @@ Tensors may have gaps, and any number of elements. What every operation takes be
     algorithm: one of codes.ALGORITHMS instead of what the cost model picks.
 What every operation raises:
     ConfigError: an argument that cannot work; nothing was sent.
-    CommunicationError: PeerLost, CollectiveTimeout, CollectiveMismatch. The contents of the tensors are then undefined, and the communicator is finished.
+    CommunicationError: PeerLost, CollectiveTimeout, CollectiveMismatch. The contents of the tensors are then undefined, the communicator finished.
 """
 
 from __future__ import annotations
@@ -214,8 +214,8 @@ class Communicator(Issuer, Objects):
     ) -> Work | None:
         """Send piece d of the input to rank d; piece s of the output, in rank order, comes from rank s. Output and input share no memory.
 
-        output_counts, input_counts: elements of each piece, those of this rank; without them all pieces of all ranks are equal. Either every rank gives
-        both, or none gives any.
+        output_counts, input_counts: elements of each piece, those of this rank; without them all pieces of all ranks are equal. Either every
+        rank gives both, or none gives any.
         """
         if (output_counts is None) != (input_counts is None):
             raise ConfigError(f"{self._where('all_to_all')}: give both output_counts and input_counts, or neither")

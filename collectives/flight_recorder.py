@@ -1,7 +1,7 @@
 """The last 1,024 operations of a rank, written down when its job goes wrong.
 
-Every rank's page holds them at any time. When an operation ends with PeerLost, CollectiveTimeout or CollectiveMismatch the rank writes its own page to
-`rank<N>.json`, and that of the rank at fault if it is on the same host, since that one may be dead. Reading needs no torch.
+Every rank's page holds them at any time. When an operation ends with PeerLost, CollectiveTimeout or CollectiveMismatch the rank writes its own page
+to `rank<N>.json`, and that of the rank at fault if it is on the same host, since that one may be dead. Reading needs no torch.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from ringfold.collectives._native import Outcome, core, failure
 from ringfold.collectives.algorithms import build
 from ringfold.collectives.codes import OPERATIONS
 from ringfold.collectives.errors import CollectiveMismatch, CollectiveTimeout, CommunicationError, ConfigError, PeerLost
-from ringfold.collectives.operand import DTYPES, prepare, reduction_code
+from ringfold.collectives.operand import DTYPES, prepare, reduction_code, require_arithmetic
 from ringfold.collectives.session import Session
 from ringfold.collectives.work import Work, Works
 
@@ -93,7 +93,9 @@ class Issuer:
 
     def _check_counts(self, op: str, whole: int, counts: Sequence[int]) -> None:
         if len(counts) != self.size or sum(counts) != whole or min(counts) < 0:
-            raise ConfigError(f"{self._where(op)}: counts {list(counts)} must be {self.size} numbers that add up to {whole}, the elements of their tensor")
+            raise ConfigError(
+                f"{self._where(op)}: counts {list(counts)} must be {self.size} numbers that add up to {whole}, the elements of their tensor"
+            )
 
     def _require_open(self, op: str) -> None:
         if self._closed or self.session.closed:
@@ -115,13 +117,21 @@ class Issuer:
         algorithm: str | None,
     ) -> Work | None:
         """Issue an operation on a vector of `count` elements, cut into `counts` (those of the output where they differ: `output_counts`)."""
-        if not (_is_plain(input) and (output is input or _is_plain(output))):
+        some = output if input is None else input
+        if some is None:
+            dtype, source, target = torch.uint8, 0, 0
+        elif (input is None or _is_plain(input)) and (output is input or output is None or _is_plain(output)):
+            dtype = some.dtype
+            source = 0 if input is None else input.data_ptr()
+            target = source if output is input else 0 if output is None else output.data_ptr()
+        else:
             return self._issue_prepared(op, reduction, root, count, input, output, counts, output_counts, async_op, algorithm)
-        dtype = torch.uint8 if input is output is None else (input if input is not None else output).dtype  # type: ignore[union-attr]
         key = (op, dtype, reduction, count if output_counts is None else -1, counts is None, root, algorithm)
         plan = self._plans.get(key)
         if plan is None:
-            plan = self._plan(op, dtype, reduction, count, root, algorithm, input, output, counts is not None)
+            if dtype not in DTYPES or (input is not None and output is not None and input.dtype is not output.dtype):
+                return self._issue_prepared(op, reduction, root, count, input, output, counts, output_counts, async_op, algorithm)
+            plan = self._plan(op, dtype, reduction, count, root, algorithm, counts is not None)
             if len(self._plans) < PLANS:
                 self._plans[key] = plan
         if self._closed or self.session.closed:
@@ -131,7 +141,11 @@ class Issuer:
         if self._order is not None:
             self._order.meet(_describe(op, dtype, reduction, count, root, counts, output_counts))
         program, operation, dtype_code, code, offsets = plan
-        arguments = (
+        if counts is not None:
+            offsets = _offsets(counts)
+        output_offsets = None if output_counts is None else _offsets(output_counts)
+        start = core.begin if async_op else core.run
+        outcome = start(
             self._handle,
             program,
             operation,
@@ -139,16 +153,15 @@ class Issuer:
             code,
             root,
             count,
-            offsets if counts is None else _offsets(counts),
-            None if output_counts is None else _offsets(output_counts),
-            0 if input is None else input.data_ptr(),
-            0 if output is None else output.data_ptr(),
+            offsets,
+            output_offsets,
+            source,
+            target,
             self.timeout_s,
             self.session.sites.row(2),
         )
         if async_op:
-            return self._keep(Work(core.begin(*arguments), (input, output), self._fail))
-        outcome = core.run(*arguments)
+            return self._keep(Work(outcome, (input, output), self._fail))
         if outcome is not None:
             self._fail(outcome)
         return None
@@ -161,16 +174,12 @@ class Issuer:
         count: int,
         root: int,
         algorithm: str | None,
-        input: torch.Tensor | None,
-        output: torch.Tensor | None,
         is_uneven: bool,
     ) -> Plan:
         """Check what is checked once for all operations like this one, choose a schedule, and compile it unless it is there already."""
-        if input is not None and output is not None and input.dtype is not output.dtype:
-            raise ConfigError(f"{self._where(op)}: input is {input.dtype} but output is {output.dtype}")
         code = reduction_code(op, reduction)
-        if op in FOLDING and input is not None:
-            prepare(input, self._where(op), reduction, reads=False, writes=False)  # refuses what has no such arithmetic
+        if op in FOLDING:
+            require_arithmetic(dtype, reduction, self._where(op))
         self._require_open(op)
         nbytes = count * dtype.itemsize
         choice = self._choose(op, -1 if is_uneven and op == "all_to_all" else nbytes, algorithm)
@@ -312,9 +321,9 @@ def _describe(
     return "".join(words) + ")"
 
 
-def _is_plain(tensor: torch.Tensor | None) -> bool:
-    """Tell whether the core can work on the tensor as it is."""
-    return tensor is None or (tensor.is_contiguous() and tensor.is_cpu and tensor.dtype in DTYPES and not tensor.is_neg())
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Tell whether the core can work on the tensor's memory as it is."""
+    return tensor.is_contiguous() and tensor.is_cpu and not tensor.is_neg()
 
 
 def _alone(input: torch.Tensor | None, output: torch.Tensor | None, async_op: bool) -> Work | None:

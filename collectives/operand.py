@@ -14,7 +14,7 @@ from ringfold.collectives.codes import DTYPES as DTYPE_CODES
 from ringfold.collectives.codes import REDUCTIONS
 from ringfold.collectives.errors import ConfigError, nearest
 
-__all__ = ["DTYPES", "Operand", "prepare", "reduction_code", "rescale"]
+__all__ = ["DTYPES", "Operand", "prepare", "reduction_code", "require_arithmetic", "rescale"]
 
 DTYPES = {getattr(torch, name): code for name, code in DTYPE_CODES.items()}
 BITWISE = frozenset({"band", "bor", "bxor"})
@@ -74,6 +74,13 @@ def _factor(tensor: torch.Tensor, flat: torch.Tensor) -> int:
     return tensor.element_size() // flat.element_size()
 
 
+def require_arithmetic(dtype: torch.dtype, reduction: str, where: str) -> None:
+    """Raise ConfigError for a dtype that has no such reduction."""
+    problems = _arithmetic_problems(dtype, reduction)
+    if problems:
+        raise ConfigError(f"{where} cannot take this tensor:\n  {problems[0]}")
+
+
 def _arithmetic_problems(dtype: torch.dtype, reduction: str) -> list[str]:
     known = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
     if dtype.is_complex:
@@ -95,7 +102,9 @@ def reduction_code(op: str, reduction: str) -> int:
     code = REDUCTIONS.get(reduction)
     if code is None:
         meant = nearest(reduction, REDUCTIONS)
-        raise ConfigError(f"{op}: unknown op={reduction!r}; expected one of {', '.join(REDUCTIONS)}" + (f". Did you mean {meant!r}?" if meant else ""))
+        raise ConfigError(
+            f"{op}: unknown op={reduction!r}; expected one of {', '.join(REDUCTIONS)}" + (f". Did you mean {meant!r}?" if meant else "")
+        )
     return code
 
 

@@ -1,8 +1,9 @@
 """RINGFOLD_CHECK_ORDER=1: before each collective all ranks of its communicator compare what they are about to do.
 
-Each gathers a fingerprint of every other's operation, dtype, reduction, count, root and piece lengths. Where they differ, all of them know it, so they
-exchange their Python stacks and raise the same CollectiveMismatch, at the very first divergence, without hanging. Where ranks wait for each other in
-different communicators, each sees in the other's page that it does. It costs a small all_gather an operation, and makes asynchronous ones begin together.
+Each gathers a fingerprint of every other's operation, dtype, reduction, count, root and piece lengths. Where they differ, all of them know it,
+so they exchange their Python stacks and raise the same CollectiveMismatch, at the very first divergence, without hanging. Where ranks wait for
+each other in different communicators, each sees in the other's page that it does. It costs a small all_gather an operation, and makes
+asynchronous ones begin together.
 
 Call sites are reported, not compared: ranks may well reach one collective from different lines.
 """
@@ -112,7 +113,9 @@ def _ranks(comm: Communicator, ranks: list[int]) -> str:
 
 def _user_frames() -> list[traceback.FrameSummary]:
     frames = traceback.extract_stack()
-    return [frame for frame in frames if not os.path.realpath(frame.filename).startswith(os.path.realpath(os.path.dirname(__file__)) + os.sep)] or frames[:1]
+    return [
+        frame for frame in frames if not os.path.realpath(frame.filename).startswith(os.path.realpath(os.path.dirname(__file__)) + os.sep)
+    ] or frames[:1]
 
 
 def _site() -> str:

@@ -26,6 +26,7 @@ import time
 import traceback
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from typing import Any
 
 from ringfold.collectives.codes import OPERATIONS
 from ringfold.collectives.errors import CollectiveTimeout, ConfigError, PeerLost
@@ -179,8 +180,9 @@ class Page:
         first = max(0, next_op - RECORD_COUNT)
         records = []
         for index in range(first, next_op):
-            *fields, row, seq = _RECORD.unpack_from(raw, index % RECORD_COUNT * RECORD_NBYTES)
-            record = OperationRecord(*fields, seq)
+            fields: tuple[Any, ...] = _RECORD.unpack_from(raw, index % RECORD_COUNT * RECORD_NBYTES)
+            row = fields[-2]
+            record = OperationRecord(*fields[:-2], fields[-1])
             if record.index == index and OperationState.ISSUED <= record.state <= OperationState.FAILED:
                 records.append(replace(record, state=OperationState(record.state), site=self.site(row)))
         return records

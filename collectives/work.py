@@ -24,7 +24,7 @@ class Work:
         fail: Callable[[Outcome], None] | None = None,
         finish: Callable[[], None] | None = None,
     ) -> None:
-        """Wrap a native handle (None: already complete); `fail` raises what an outcome stands for, `finish` runs once, at the end of the first wait."""
+        """Wrap a native handle (None: already complete); `fail` raises what an outcome stands for, `finish` runs once, after the first wait."""
         self._handle = handle
         self._tensors = tensors
         self._fail = fail

@@ -10,13 +10,13 @@ from collections.abc import Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: ranks share few cores, and a fold's threads would only wait
 
-# Ranks that are made to fail write down their last operations; not among the user's files.
-FLIGHTS = os.environ.setdefault("RINGFOLD_FLIGHT_DIR", tempfile.mkdtemp(prefix="ringfold-flights-"))
-
 import pytest
 
 from tests.harness.forkserver import close_server, server
 from tests.harness.leaks import no_leaks
+
+# Ranks that are made to fail write down their last operations; not among the user's files.
+FLIGHTS = os.environ.setdefault("RINGFOLD_FLIGHT_DIR", tempfile.mkdtemp(prefix="ringfold-flights-"))
 
 # A suite started by nohup, or in the background of a script, inherits ignored signals, and so would the launchers that it starts and interrupts.
 for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL), (signal.SIGQUIT, signal.SIG_DFL)):

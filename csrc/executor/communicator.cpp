@@ -107,7 +107,15 @@ std::shared_ptr<Operation> Communicator::Issue(Request request) {
   const bool pairwise = request.op == OpCode::kAllToAll;
   fingerprint.shape = pairwise ? 0 : ShapeDigest(request.offsets);
   fingerprint.count = pairwise ? 0 : request.count;
-  auto operation = std::make_shared<Operation>(std::move(request), fingerprint, rank_, size());
+  std::shared_ptr<Operation> operation;
+  const bool collective = !IsMessage(request.op);
+  if (collective && spare_ != nullptr && spare_.use_count() == 1 && spare_->finished()) {
+    operation = std::move(spare_);
+  } else {
+    operation = std::make_shared<Operation>(rank_, size());
+  }
+  operation->Start(std::move(request), fingerprint);
+  if (collective) spare_ = operation;
   operation->record = context_->recorder().Open(id_, *operation);
   if (!error_.ok()) operation->Fail(error_);
   if (operation->finished()) {

@@ -120,6 +120,7 @@ class Communicator : public Peers {
   OperationQueue collectives_;
   std::vector<OperationQueue> sends_;  // by peer
   Inbox inbox_;
+  std::shared_ptr<Operation> spare_;  // the last collective, to be used again
   size_t in_flight_ = 0;
   size_t messages_in_flight_ = 0;
   Error error_;

@@ -143,14 +143,26 @@ size_t Context::Keep(Communicator* communicator, std::unique_ptr<Program> progra
   return communicator->Keep(std::move(program));
 }
 
-std::shared_ptr<Operation> Context::Issue(Communicator* communicator, Request request, bool awaited) {
+std::unique_lock<std::mutex> Context::Enter() {
   submitters_.fetch_add(1);
   std::unique_lock<std::mutex> lock(mutex_);
   submitters_.fetch_sub(1);
+  return lock;
+}
+
+std::shared_ptr<Operation> Context::Issue(Communicator* communicator, Request request) {
+  const std::unique_lock<std::mutex> lock = Enter();
   auto operation = communicator->Issue(std::move(request));
   // The first step is this thread's, so that peers can start; a small operation may end right here.
   Progress();
-  if (!awaited && !operation->finished() && inline_waiters_ == 0) WakeThread();
+  if (!operation->finished() && inline_waiters_ == 0) WakeThread();
+  return operation;
+}
+
+std::shared_ptr<Operation> Context::Run(Communicator* communicator, Request request, uint64_t longest_ns, uint64_t* waited_ns) {
+  std::unique_lock<std::mutex> lock = Enter();
+  auto operation = communicator->Issue(std::move(request));
+  if (!operation->finished()) *waited_ns += WaitLocked(&lock, *operation, operation->issued_ns(), longest_ns);
   return operation;
 }
 
@@ -172,14 +184,17 @@ void Context::CheckDeadlines(uint64_t now) {
   roster_.TellStanding(page_, now);
 }
 
-bool Context::Wait(const Operation& operation, uint64_t until_ns) {
+bool Context::Wait(const Operation& operation, uint64_t longest_ns, uint64_t* waited_ns) {
   if (operation.finished()) return true;
-  submitters_.fetch_add(1);
-  std::unique_lock<std::mutex> lock(mutex_);
-  submitters_.fetch_sub(1);
+  std::unique_lock<std::mutex> lock = Enter();
+  *waited_ns += WaitLocked(&lock, operation, NowNs(), longest_ns);
+  return operation.finished();
+}
+
+uint64_t Context::WaitLocked(std::unique_lock<std::mutex>* lock, const Operation& operation, uint64_t began, uint64_t longest_ns) {
+  const uint64_t until_ns = began + longest_ns;
   ++inline_waiters_;
   page_->sleeping.store(0, std::memory_order_relaxed);  // this thread listens now
-  const uint64_t began = NowNs();
   uint64_t now = began;
   uint64_t spin_until = now + spin_ns_;
   uint64_t look_at_links = now + kLookAtLinks;
@@ -204,18 +219,19 @@ bool Context::Wait(const Operation& operation, uint64_t until_ns) {
     if (idle <= 64) spin_until = now + spin_ns_;
     const bool spinning = now < spin_until;
     if (spinning || (spin_ns_ == 0 && idle < kYields)) {
-      lock.unlock();
+      lock->unlock();
       if (!spinning) sched_yield();
       while (submitters_.load(std::memory_order_relaxed) > 0) sched_yield();
-      lock.lock();
+      lock->lock();
       continue;
     }
-    Sleep(&lock, until_ns, &inline_sleepers_);
+    Sleep(lock, until_ns, &inline_sleepers_);
   }
   --inline_waiters_;
-  recorder_.Waited(operation, NowNs() - began);
+  const uint64_t waited_ns = NowNs() - began;
+  recorder_.Waited(operation, waited_ns);
   if (inline_waiters_ == 0 && Busy()) WakeThread();
-  return operation.finished();
+  return waited_ns;
 }
 
 void Context::Sleep(std::unique_lock<std::mutex>* lock, uint64_t until_ns, int* sleepers) {

@@ -43,10 +43,12 @@ class Context {
 
   // Keeps a compiled schedule for Request::program; returns its number.
   size_t Keep(Communicator* communicator, std::unique_ptr<Program> program);
-  // Queues an operation and takes its first steps. `awaited`: the caller goes on to Wait at once.
-  std::shared_ptr<Operation> Issue(Communicator* communicator, Request request, bool awaited);
-  // Makes progress until the operation is finished or `until_ns`. True if it is finished.
-  bool Wait(const Operation& operation, uint64_t until_ns);
+  // Queues an operation and takes its first steps.
+  std::shared_ptr<Operation> Issue(Communicator* communicator, Request request);
+  // Makes progress until the operation is finished, at most `longest_ns`; adds the time it took. True if it is finished.
+  bool Wait(const Operation& operation, uint64_t longest_ns, uint64_t* waited_ns);
+  // Both, the short way for small operations.
+  std::shared_ptr<Operation> Run(Communicator* communicator, Request request, uint64_t longest_ns, uint64_t* waited_ns);
   void Cancel(Communicator* communicator, const std::string& why);
   size_t HeldNBytes(const Communicator* communicator);
 
@@ -72,6 +74,8 @@ class Context {
   std::string SiteAt(int world_rank, uint32_t communicator, uint8_t operation, uint32_t sequence);
 
  private:
+  std::unique_lock<std::mutex> Enter();
+  uint64_t WaitLocked(std::unique_lock<std::mutex>* lock, const Operation& operation, uint64_t began, uint64_t longest_ns);
   bool Progress();
   bool Busy() const;
   void CheckDeadlines(uint64_t now);

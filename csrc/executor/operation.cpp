@@ -9,21 +9,29 @@
 
 namespace ringfold {
 
-Operation::Operation(Request request, Fingerprint fingerprint, int rank, int size)
-    : request_(std::move(request)),
-      fingerprint_(fingerprint),
-      rank_(rank),
-      size_(size),
-      element_(SizeOf(request_.dtype)),
-      align_(std::max<size_t>(1, 64 / element_)),
-      issued_ns_(NowNs()),
-      deadline_ns_(issued_ns_ + request_.timeout_ns) {
+void Operation::Start(Request request, const Fingerprint& fingerprint) {
+  request_ = std::move(request);
+  fingerprint_ = fingerprint;
+  element_ = SizeOf(request_.dtype);
+  align_ = std::max<size_t>(1, 64 / element_);
+  issued_ns_ = NowNs();
+  deadline_ns_ = issued_ns_ + request_.timeout_ns;
   if (request_.offsets.empty()) {
     const Partition chunks(request_.count, request_.program->chunks, align_);
-    for (uint32_t c = 0; c <= request_.program->chunks; ++c) request_.offsets.push_back(chunks.Offset(c));
+    even_offsets_.clear();
+    for (uint32_t c = 0; c <= request_.program->chunks; ++c) even_offsets_.push_back(chunks.Offset(c));
   }
-  exposed_.assign(static_cast<size_t>(size), nullptr);
-  addresses_.assign(static_cast<size_t>(size), 0);
+  unregistered_ = false;
+  bound_ = false;
+  broken_peer_ = -1;
+  mismatched_ = false;
+  unshared_ = false;
+  error_ = Error();
+  finished_.store(false, std::memory_order_relaxed);
+  if (request_.program->exposes) {
+    exposed_.assign(static_cast<size_t>(size_), nullptr);
+    addresses_.assign(static_cast<size_t>(size_), 0);
+  }
   Load(request_.program);
 }
 
@@ -32,11 +40,13 @@ void Operation::Load(const Program* program) {
   done_.assign(program->steps.size(), 0);
   at_.assign(program->queues.size(), 0);
   remaining_ = program->steps.size();
+  slot_nbytes_ = 0;
+  scratch_ = nullptr;  // not before this operation runs: the one before may still use it
   if (program->scratch_chunks > 0) {
+    const std::vector<uint64_t>& offsets = OffsetsOf(Buffer::kInput);
     uint64_t longest = 0;
-    for (size_t c = 0; c + 1 < request_.offsets.size(); ++c) longest = std::max(longest, request_.offsets[c + 1] - request_.offsets[c]);
+    for (size_t c = 0; c + 1 < offsets.size(); ++c) longest = std::max(longest, offsets[c + 1] - offsets[c]);
     slot_nbytes_ = (longest * element_ + 63) & ~size_t{63};
-    scratch_ = nullptr;  // not before this operation runs: the one before may still use it
   }
   if (remaining_ == 0) finished_.store(true, std::memory_order_release);
 }
@@ -135,8 +145,8 @@ Io Operation::RunExpose(const Step& step, Peers* peers) {
   const size_t own = static_cast<size_t>(rank_);
   const size_t chunk = to_each_its_own ? static_cast<size_t>(step.peer) : own;
   char* base = buffer == Buffer::kInput ? request_.input : request_.output;
-  char* data = to_each_its_own ? base + request_.offsets[chunk] * element_ : base;
-  const size_t count = exposes_all() ? request_.count : request_.offsets[chunk + 1] - request_.offsets[chunk];
+  char* data = to_each_its_own ? base + OffsetsOf(buffer)[chunk] * element_ : base;
+  const size_t count = exposes_all() ? request_.count : OffsetsOf(buffer)[chunk + 1] - OffsetsOf(buffer)[chunk];
   FrameHeader header;
   header.fingerprint = fingerprint_;
   unshared_ = !peers->Expose(step.peer, data, count * element_, &header.region, &header.offset);
@@ -158,7 +168,7 @@ Io Operation::RunFold(const Step& step, Peers* peers) {
   size_t begin, nbytes;
   Range(step.dst, &begin, &nbytes);
   char* own = At(step.dst).data;
-  if (exposes_all()) begin += request_.offsets[step.dst.chunk] * element_;
+  if (exposes_all()) begin += OffsetsOf(Buffer::kInput)[step.dst.chunk] * element_;
   const size_t ranks = static_cast<size_t>(size_);
   std::vector<const void*> srcs(ranks);
   std::vector<void*> dsts;
@@ -190,7 +200,7 @@ Io Operation::RunFold(const Step& step, Peers* peers) {
 Io Operation::RunPull(const Step& step, Peers* peers) {
   size_t begin, nbytes;
   Range(step.dst, &begin, &nbytes);
-  if (exposes_all()) begin += request_.offsets[step.dst.chunk] * element_;
+  if (exposes_all()) begin += OffsetsOf(Buffer::kInput)[step.dst.chunk] * element_;
   char* dst = At(step.dst).data;
   const size_t peer = static_cast<size_t>(step.peer);
   if (nbytes == 0) return Io::kDone;

@@ -53,7 +53,10 @@ class Peers {
 
 class Operation {
  public:
-  Operation(Request request, Fingerprint fingerprint, int rank, int size);
+  Operation(int rank, int size) : rank_(rank), size_(size) {}
+
+  // Begins; also again, when the one before has finished and nobody looks at it any more: a small operation should not pay for memory.
+  void Start(Request request, const Fingerprint& fingerprint);
 
   // Runs every step that can run now. True if anything moved. Sets `finished` (and perhaps `error`) at the end.
   bool Advance(Peers* peers);
@@ -98,6 +101,7 @@ class Operation {
   Span At(const Block& block) const;
   char* Base(Buffer buffer, uint16_t chunk) const;
   const std::vector<uint64_t>& OffsetsOf(Buffer buffer) const {
+    if (request_.offsets.empty()) return even_offsets_;
     return buffer == Buffer::kOutput && !request_.output_offsets.empty() ? request_.output_offsets : request_.offsets;
   }
   void Range(const Block& block, size_t* begin, size_t* nbytes) const;
@@ -120,14 +124,15 @@ class Operation {
     return request_.op != OpCode::kAllToAll && (exposed_buffer() == Buffer::kInput ? program_->input_full : program_->output_full);
   }
 
+  const int rank_;
+  const int size_;
   Request request_;
   Fingerprint fingerprint_;
-  int rank_;
-  int size_;
-  size_t element_;
-  size_t align_;  // of chunk and segment boundaries, in elements
-  uint64_t issued_ns_;
-  uint64_t deadline_ns_;
+  size_t element_ = 1;
+  size_t align_ = 1;  // of chunk and segment boundaries, in elements
+  uint64_t issued_ns_ = 0;
+  uint64_t deadline_ns_ = 0;
+  std::vector<uint64_t> even_offsets_;  // where the request has none
 
   const Program* program_ = nullptr;
   std::vector<uint8_t> done_;    // by step

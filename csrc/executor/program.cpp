@@ -146,6 +146,7 @@ void Program::BuildQueues() {
   std::map<std::pair<int, int>, size_t> known;
   for (uint32_t i = 0; i < steps.size(); ++i) {
     const Step& step = steps[i];
+    exposes = exposes || step.kind == Kind::kExpose || step.kind == Kind::kAttach;
     Queue::Role role = Queue::Role::kLocal;
     if (step.kind == Kind::kSend || step.kind == Kind::kExpose) role = Queue::Role::kSend;
     if (step.kind == Kind::kRecv || step.kind == Kind::kRecvReduce || step.kind == Kind::kAttach) role = Queue::Role::kReceive;

@@ -57,6 +57,7 @@ struct Program {
   uint8_t algorithm = 0;
   bool input_full = true;   // all chunks, or this rank's only
   bool output_full = true;
+  bool exposes = false;  // some step shows a vector to peers
   std::vector<Step> steps;
   std::vector<Queue> queues;
   std::unique_ptr<Program> fallback;

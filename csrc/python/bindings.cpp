@@ -44,6 +44,12 @@ struct CommunicatorHandle {
   Communicator* communicator;
   uint64_t waited_ns = 0;
   bool closed = false;
+
+  // With the GIL held.
+  void Waited(uint64_t nanoseconds) {
+    waited_ns += nanoseconds;
+    owner->waited_ns += nanoseconds;
+  }
 };
 
 struct WorkHandle {
@@ -84,14 +90,11 @@ bool Finish(CommunicatorHandle* handle, const Operation& operation) {
   Context* context = handle->owner->context.get();
   for (;;) {
     bool finished;
-    uint64_t waited_ns;
+    uint64_t waited_ns = 0;
     Py_BEGIN_ALLOW_THREADS;
-    const uint64_t start = NowNs();
-    finished = context->Wait(operation, start + kSignalSlice);
-    waited_ns = NowNs() - start;
+    finished = context->Wait(operation, kSignalSlice, &waited_ns);
     Py_END_ALLOW_THREADS;
-    handle->waited_ns += waited_ns;
-    handle->owner->waited_ns += waited_ns;
+    handle->Waited(waited_ns);
     if (finished) return true;
     if (PyErr_CheckSignals() != 0) {
       Py_BEGIN_ALLOW_THREADS;
@@ -285,9 +288,11 @@ PyObject* Run(PyObject*, PyObject* const* args, Py_ssize_t n) {
   if (handle == nullptr || !ParseRequest(args, (*handle)->communicator, &request)) return nullptr;
   std::shared_ptr<Operation> operation;
   Context* context = (*handle)->owner->context.get();
+  uint64_t waited_ns = 0;
   Py_BEGIN_ALLOW_THREADS;
-  operation = context->Issue((*handle)->communicator, std::move(request), true);
+  operation = context->Run((*handle)->communicator, std::move(request), kSignalSlice, &waited_ns);
   Py_END_ALLOW_THREADS;
+  (*handle)->Waited(waited_ns);
   if (!Finish(handle->get(), *operation)) return nullptr;
   return Outcome(operation->error());
 }
@@ -299,7 +304,7 @@ PyObject* Begin(PyObject*, PyObject* const* args, Py_ssize_t n) {
   if (handle == nullptr || !ParseRequest(args, (*handle)->communicator, &request)) return nullptr;
   std::shared_ptr<Operation> operation;
   Py_BEGIN_ALLOW_THREADS;
-  operation = (*handle)->owner->context->Issue((*handle)->communicator, std::move(request), false);
+  operation = (*handle)->owner->context->Issue((*handle)->communicator, std::move(request));
   Py_END_ALLOW_THREADS;
   return MakeCapsule(std::make_shared<WorkHandle>(WorkHandle{*handle, std::move(operation)}), kWorkName);
 }
@@ -328,7 +333,7 @@ PyObject* Message(PyObject*, PyObject* const* args, Py_ssize_t n) {
   }
   std::shared_ptr<Operation> operation;
   Py_BEGIN_ALLOW_THREADS;
-  operation = (*handle)->owner->context->Issue(communicator, std::move(request), false);
+  operation = (*handle)->owner->context->Issue(communicator, std::move(request));
   Py_END_ALLOW_THREADS;
   return MakeCapsule(std::make_shared<WorkHandle>(WorkHandle{*handle, std::move(operation)}), kWorkName);
 }

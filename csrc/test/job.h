@@ -147,6 +147,9 @@ inline Request Message(OpCode op, double* data, size_t count, int peer, int tag 
   return request;
 }
 
-inline void WaitFor(Context* context, const Operation& operation) { CHECK(context->Wait(operation, NowNs() + kPatience)); }
+inline void WaitFor(Context* context, const Operation& operation) { 
+  uint64_t waited_ns = 0;
+  CHECK(context->Wait(operation, kPatience, &waited_ns));
+ }
 
 }  // namespace ringfold

@@ -72,7 +72,7 @@ void RingSumsAreExact(bool near) {
       for (const size_t count : {size_t{0}, size_t{1}, size_t{3}, size_t{17}, size_t{1000}, size_t{40001}}) {
         std::vector<double> data(count);
         for (size_t i = 0; i < count; ++i) data[i] = static_cast<double>(i % 13 + static_cast<size_t>(r));
-        const auto operation = context->Issue(communicator, AllReduce(communicator, program, data.data(), count), true);
+        const auto operation = context->Issue(communicator, AllReduce(communicator, program, data.data(), count));
         WaitFor(context, *operation);
         CHECK(operation->error().ok());
         for (size_t i = 0; i < count; ++i) CHECK(data[i] == static_cast<double>(static_cast<size_t>(size) * (i % 13)) + size * (size - 1) / 2.0);
@@ -92,7 +92,9 @@ void RegisteredMemoryIsFoldedWhereItLies() {
     for (int round = 0; round < 20; ++round) {
       auto* data = static_cast<double*>(job.at(r).pool.Allocate(kCount * sizeof(double)));
       for (size_t i = 0; i < kCount; ++i) data[i] = static_cast<double>(r + 1) * static_cast<double>(i);
-      const auto operation = context->Issue(communicator, AllReduce(communicator, program, data, kCount), round % 2 == 0);
+      uint64_t waited_ns = 0;
+      const auto operation = round % 2 == 0 ? context->Run(communicator, AllReduce(communicator, program, data, kCount), kPatience, &waited_ns)
+                                            : context->Issue(communicator, AllReduce(communicator, program, data, kCount));
       WaitFor(context, *operation);
       CHECK(operation->error().ok());
       for (size_t i = 0; i < kCount; ++i) CHECK(data[i] == 6.0 * static_cast<double>(i));
@@ -120,7 +122,7 @@ void CommunicatorsDoNotWaitForOneAnother(bool near) {
       std::array<std::shared_ptr<Operation>, 3> operations;
       for (const size_t a : order) {
         data[a].assign(static_cast<size_t>(1 + (round * 37) % 3000), static_cast<double>(r + round));
-        operations[a] = context->Issue(axes[a], AllReduce(axes[a], programs[a], data[a].data(), data[a].size()), false);
+        operations[a] = context->Issue(axes[a], AllReduce(axes[a], programs[a], data[a].data(), data[a].size()));
       }
       std::shuffle(order.begin(), order.end(), random);
       for (const size_t a : order) {
@@ -143,12 +145,12 @@ void MessagesOvertakeCollectives(bool near) {
     std::vector<double> sum(10, 1.0), out(30000, r + 1.0), in(30000, 0.0);
     // Rank 1 joins the collective only after the messages, which are longer than a ring or a socket holds.
     std::shared_ptr<Operation> all;
-    if (r == 0) all = context->Issue(communicator, AllReduce(communicator, program, sum.data(), sum.size()), false);
-    const auto send = context->Issue(communicator, Message(OpCode::kSend, out.data(), out.size(), 1 - r), false);
-    const auto receive = context->Issue(communicator, Message(OpCode::kRecv, in.data(), in.size(), 1 - r), false);
+    if (r == 0) all = context->Issue(communicator, AllReduce(communicator, program, sum.data(), sum.size()));
+    const auto send = context->Issue(communicator, Message(OpCode::kSend, out.data(), out.size(), 1 - r));
+    const auto receive = context->Issue(communicator, Message(OpCode::kRecv, in.data(), in.size(), 1 - r));
     WaitFor(context, *receive);
     WaitFor(context, *send);
-    if (r == 1) all = context->Issue(communicator, AllReduce(communicator, program, sum.data(), sum.size()), false);
+    if (r == 1) all = context->Issue(communicator, AllReduce(communicator, program, sum.data(), sum.size()));
     WaitFor(context, *all);
     CHECK(all->error().ok() && send->error().ok() && receive->error().ok());
     for (const double value : in) CHECK(value == 2.0 - r);
@@ -164,11 +166,11 @@ void EveryRankLearnsOfATimeoutAndWhoIsMissing() {
     Communicator* communicator = axis[static_cast<size_t>(r)];
     const size_t program = context->Keep(communicator, RingAllReduce(r, 3, 1));
     std::vector<double> data(100, 1.0);
-    const auto operation = context->Issue(communicator, AllReduce(communicator, program, data.data(), data.size(), 300 * kMillisecond), true);
+    const auto operation = context->Issue(communicator, AllReduce(communicator, program, data.data(), data.size(), 300 * kMillisecond));
     WaitFor(context, *operation);
     CHECK(operation->error().code == ErrorCode::kTimeout);
     CHECK(operation->error().text.find("rank 2") != std::string::npos);
-    const auto later = context->Issue(communicator, AllReduce(communicator, program, data.data(), data.size()), true);
+    const auto later = context->Issue(communicator, AllReduce(communicator, program, data.data(), data.size()));
     CHECK(later->finished() && later->error().code == ErrorCode::kTimeout);
   });
 }
@@ -181,7 +183,7 @@ void DifferentOperationsAreAMismatchOnBothSides() {
     const size_t program = context->Keep(communicator, RingAllReduce(r, 2, 1));
     std::vector<double> data(200, 1.0);
     const size_t count = r == 0 ? 100 : 200;
-    const auto operation = context->Issue(communicator, AllReduce(communicator, program, data.data(), count), true);
+    const auto operation = context->Issue(communicator, AllReduce(communicator, program, data.data(), count));
     WaitFor(context, *operation);
     CHECK(operation->error().code == ErrorCode::kMismatch);
   });
@@ -198,7 +200,7 @@ void ADeadPeerFailsEveryCommunicatorAndIsNamed(bool near) {
     Communicator* communicator = (r == 0 ? axis : pair)[static_cast<size_t>(r)];
     const size_t program = context->Keep(communicator, RingAllReduce(communicator->rank(), communicator->size(), 1));
     std::vector<double> data(100, 1.0);
-    const auto operation = context->Issue(communicator, AllReduce(communicator, program, data.data(), data.size()), true);
+    const auto operation = context->Issue(communicator, AllReduce(communicator, program, data.data(), data.size()));
     WaitFor(context, *operation);
     CHECK(operation->error().code == ErrorCode::kPeerLost);
     CHECK(operation->error().peer == 2);
@@ -212,17 +214,17 @@ void AFarewellIsNoDeath() {
     Communicator* communicator = axis[static_cast<size_t>(r)];
     if (r == 1) {
       std::vector<double> data(4, 3.0);
-      const auto send = context->Issue(communicator, Message(OpCode::kSend, data.data(), data.size(), 0), false);
+      const auto send = context->Issue(communicator, Message(OpCode::kSend, data.data(), data.size(), 0));
       WaitFor(context, *send);
       context->Close();
       context->Close();
       return;
     }
     std::vector<double> data(4);
-    const auto last = context->Issue(communicator, Message(OpCode::kRecv, data.data(), data.size(), 1), false);
+    const auto last = context->Issue(communicator, Message(OpCode::kRecv, data.data(), data.size(), 1));
     WaitFor(context, *last);
     CHECK(last->error().ok() && data[3] == 3.0);
-    const auto beyond = context->Issue(communicator, Message(OpCode::kRecv, data.data(), data.size(), 1), false);
+    const auto beyond = context->Issue(communicator, Message(OpCode::kRecv, data.data(), data.size(), 1));
     WaitFor(context, *beyond);
     CHECK(beyond->error().code == ErrorCode::kPeerLost);
     CHECK(beyond->error().text.find("left") != std::string::npos);

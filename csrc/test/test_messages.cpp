@@ -19,18 +19,18 @@ void AReceiveTakesTheMessageOfItsTag(bool near) {
     Communicator* communicator = axis[static_cast<size_t>(r)];
     std::vector<double> first(kLong, 1.0), second(3, 2.0);
     if (r == 0) {
-      const auto a = context->Issue(communicator, Message(OpCode::kSend, first.data(), first.size(), 1, 7), false);
-      const auto b = context->Issue(communicator, Message(OpCode::kSend, second.data(), second.size(), 1, 9), false);
+      const auto a = context->Issue(communicator, Message(OpCode::kSend, first.data(), first.size(), 1, 7));
+      const auto b = context->Issue(communicator, Message(OpCode::kSend, second.data(), second.size(), 1, 9));
       WaitFor(context, *b);
       WaitFor(context, *a);
       CHECK(a->error().ok() && b->error().ok());
       return;
     }
     std::vector<double> late(kLong), early(3);
-    const auto b = context->Issue(communicator, Message(OpCode::kRecv, early.data(), early.size(), 0, 9), false);
+    const auto b = context->Issue(communicator, Message(OpCode::kRecv, early.data(), early.size(), 0, 9));
     WaitFor(context, *b);
     CHECK(context->HeldNBytes(communicator) >= kLong * sizeof(double));  // the first was put aside
-    const auto a = context->Issue(communicator, Message(OpCode::kRecv, late.data(), late.size(), 0, 7), false);
+    const auto a = context->Issue(communicator, Message(OpCode::kRecv, late.data(), late.size(), 0, 7));
     WaitFor(context, *a);
     CHECK(a->error().ok() && b->error().ok() && late == first && early == second);
   });
@@ -44,14 +44,15 @@ void NothingIsPutAsideForNobody() {
     const size_t held = context->HeldNBytes(communicator);
     std::vector<double> data(kLong, r + 1.0);
     if (r == 0) {
-      const auto send = context->Issue(communicator, Message(OpCode::kSend, data.data(), data.size(), 1), false);
-      CHECK(!context->Wait(*send, NowNs() + 50 * kMillisecond));  // its receiver is not there: it stays with its sender
+      const auto send = context->Issue(communicator, Message(OpCode::kSend, data.data(), data.size(), 1));
+      uint64_t waited_ns = 0;
+      CHECK(!context->Wait(*send, 50 * kMillisecond, &waited_ns) && waited_ns >= 50 * kMillisecond);  // its receiver is not there: it stays with its sender
       WaitFor(context, *send);
       return;
     }
     const uint64_t until = NowNs() + 100 * kMillisecond;
     while (NowNs() < until) CHECK(context->HeldNBytes(communicator) == held);
-    const auto receive = context->Issue(communicator, Message(OpCode::kRecv, data.data(), data.size(), 0), false);
+    const auto receive = context->Issue(communicator, Message(OpCode::kRecv, data.data(), data.size(), 0));
     WaitFor(context, *receive);
     CHECK(receive->error().ok() && data[kLong - 1] == 1.0);
   });
@@ -67,7 +68,7 @@ void AReceiveFromAnybodySaysWhoItWas(bool near) {
     std::vector<double> data(kLong + static_cast<size_t>(r), r);
     if (r < 3) {
       data.resize(kLong);
-      const auto send = context->Issue(communicator, Message(OpCode::kSend, data.data(), data.size(), 3), false);
+      const auto send = context->Issue(communicator, Message(OpCode::kSend, data.data(), data.size(), 3));
       WaitFor(context, *send);
       CHECK(send->error().ok());
       return;
@@ -75,7 +76,7 @@ void AReceiveFromAnybodySaysWhoItWas(bool near) {
     std::vector<std::vector<double>> in(3, std::vector<double>(kLong));
     std::vector<std::shared_ptr<Operation>> receives;
     for (int i = 0; i < 3; ++i)
-      receives.push_back(context->Issue(communicator, Message(OpCode::kRecv, in[static_cast<size_t>(i)].data(), kLong, i == 0 ? 1 : -1), false));
+      receives.push_back(context->Issue(communicator, Message(OpCode::kRecv, in[static_cast<size_t>(i)].data(), kLong, i == 0 ? 1 : -1)));
     int seen = 0;
     for (size_t i = 0; i < 3; ++i) {
       WaitFor(context, *receives[i]);
@@ -95,14 +96,14 @@ void AMessageOfAnotherLengthIsAMismatch(bool aside) {
     Communicator* communicator = axis[static_cast<size_t>(r)];
     std::vector<double> data(20, 1.0), other(1);
     if (r == 0) {
-      const auto send = context->Issue(communicator, Message(OpCode::kSend, data.data(), 20, 1, 1), false);
-      const auto more = context->Issue(communicator, Message(OpCode::kSend, other.data(), 1, 1, 2), false);
+      const auto send = context->Issue(communicator, Message(OpCode::kSend, data.data(), 20, 1, 1));
+      const auto more = context->Issue(communicator, Message(OpCode::kSend, other.data(), 1, 1, 2));
       WaitFor(context, *more);
       WaitFor(context, *send);
       return;  // it has fit into the ring: only the receiver knows
     }
-    if (aside) WaitFor(context, *context->Issue(communicator, Message(OpCode::kRecv, other.data(), 1, 0, 2), false));
-    const auto receive = context->Issue(communicator, Message(OpCode::kRecv, data.data(), 19, 0, 1), false);
+    if (aside) WaitFor(context, *context->Issue(communicator, Message(OpCode::kRecv, other.data(), 1, 0, 2)));
+    const auto receive = context->Issue(communicator, Message(OpCode::kRecv, data.data(), 19, 0, 1));
     WaitFor(context, *receive);
     CHECK(receive->error().code == ErrorCode::kMismatch);
   });
@@ -142,7 +143,7 @@ void UnevenPiecesGoFromAllToAll(bool near) {
     request.input = reinterpret_cast<char*>(in.data());
     request.output = reinterpret_cast<char*>(out.data());
     request.timeout_ns = kPatience;
-    const auto operation = context->Issue(communicator, std::move(request), true);
+    const auto operation = context->Issue(communicator, std::move(request));
     WaitFor(context, *operation);
     CHECK(operation->error().ok());
     const size_t piece = static_cast<size_t>(r + 1) * scale;
@@ -190,7 +191,7 @@ void UnregisteredVectorsAreReadWhereTheyLie() {
     request.count = kCount;
     request.input = request.output = reinterpret_cast<char*>(data);
     request.timeout_ns = kPatience;
-    const auto operation = context->Issue(communicator, std::move(request), true);
+    const auto operation = context->Issue(communicator, std::move(request));
     WaitFor(context, *operation);
     CHECK(operation->error().ok());
     for (size_t i = 0; i < kCount; ++i) CHECK(data[i] == 6.0 * static_cast<double>(i));

@@ -1,7 +1,7 @@
 """Thousands of random operations on four ranks: every operation, dtype, kind of memory and communicator, waited for in any order, against numpy.
 
-Hypothesis draws the operations, and prints how to draw them again when one fails; all values follow from the numbers it drew, so every rank can compute every other's. Ranks
-issue in one order, as they must, and wait in orders of their own.
+Hypothesis draws the operations, and prints how to draw them again when one fails; all values follow from the numbers it drew, so every rank
+can compute every other's. Ranks issue in one order, as they must, and wait in orders of their own.
 """
 
 from __future__ import annotations
@@ -25,7 +25,15 @@ from tests.harness.compare import FLOATS, assert_bitwise_equal, assert_fold, fol
 SIZE = 4
 # Members of each communicator, in its order.
 GROUPS = {"world": (0, 1, 2, 3), "left": (0, 1), "right": (3, 2), "odd": (1, 3), "three": (2, 0, 3)}
-UFUNCS = {"sum": np.add, "min": np.minimum, "max": np.maximum, "prod": np.multiply, "band": np.bitwise_and, "bor": np.bitwise_or, "bxor": np.bitwise_xor}
+UFUNCS = {
+    "sum": np.add,
+    "min": np.minimum,
+    "max": np.maximum,
+    "prod": np.multiply,
+    "band": np.bitwise_and,
+    "bor": np.bitwise_or,
+    "bxor": np.bitwise_xor,
+}
 OPERATIONS = ("all_reduce", "reduce_scatter", "all_gather", "broadcast", "reduce", "gather", "scatter", "all_to_all", "ring", "barrier")
 
 
