@@ -23,6 +23,7 @@ from collections.abc import Sequence
 import torch
 from ringfold.collectives import registered
 from ringfold.collectives._native import check, core
+from ringfold.collectives.cost import Topology
 from ringfold.collectives.environment import Job
 from ringfold.collectives.errors import ConfigError
 from ringfold.collectives.issue import Issuer
@@ -88,6 +89,9 @@ class Communicator(Issuer, Objects):
                 core.add_socket(self._handle, self.members.index(member), lane, sock.detach())
         ring_nbytes = min(RING_NBYTES, RINGS_NBYTES // (2 * self.size)) // 64 * 64
         check(core.open(self._handle, ring_nbytes, self.timeout_s))
+        host_of = session.membership.host_of
+        places = range(self.size) if session.job.transport == "tcp" else (host_of.index(host_of[member]) for member in self.members)
+        self.topology = Topology(tuple(places), remote_reads=core.remote_reads(self._handle))
 
     # -- one vector -------------------------------------------------------------------------------------------------------------------
 

@@ -48,7 +48,7 @@ class Issuer:
         self.timeout_s = session.job.timeout_s
         self.session = session
         self.transport = "shm" if all(session.near[m] for m in members if m != session.rank) else "tcp"
-        self.topology = Topology.on_one_host(self.size) if self.transport == "shm" else Topology.over_tcp(self.size)
+        self.topology = Topology.on_one_host(self.size)
         self._handle: object | None = None
         self._closed = False
         self._plans: dict[tuple[object, ...], Plan] = {}

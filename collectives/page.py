@@ -181,8 +181,8 @@ class Page:
         records = []
         for index in range(first, next_op):
             fields: tuple[Any, ...] = _RECORD.unpack_from(raw, index % RECORD_COUNT * RECORD_NBYTES)
-            row = fields[-2]
-            record = OperationRecord(*fields[:-2], fields[-1])
+            *before, row, seq = fields
+            record = OperationRecord(*(*before, seq))
             if record.index == index and OperationState.ISSUED <= record.state <= OperationState.FAILED:
                 records.append(replace(record, state=OperationState(record.state), site=self.site(row)))
         return records
