@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from ringfold.collectives import select
 from ringfold.collectives.algorithms import BUILDERS
+from ringfold.collectives.cost import Topology
 from torch import Tensor
 
 from tests.harness import run_ranks
@@ -259,3 +262,124 @@ def check_messages(world: Any) -> None:
 @pytest.mark.parametrize(("size", "transport"), [(2, "shm"), (4, "shm"), (3, "tcp")])
 def test_messages_find_their_tags_and_say_where_they_are_from(size: int, transport: str) -> None:
     run_ranks(size, check_messages, transport=transport)
+
+
+def check_every_algorithm(world: Any) -> int:
+    """All algorithms of an operation, also those that the cost model would not pick here, on odd counts and more than one segment."""
+    size, rank, cases = world.size, world.rank, 0
+    for dtype in (torch.float32, torch.bfloat16, torch.int64):
+        for count in (0, 1, size - 1, size + 1, 1000, 300_001):
+            inputs = random_values(dtype, size, count)
+            expected, bound = reference("sum", inputs), fold_bound("sum", inputs) if dtype in FLOATS else None
+            counts = [count // size + (r < count % size) for r in range(size)]
+            own = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
+            for algorithm in algorithms_for("all_reduce"):
+                tensor = inputs[rank].clone()
+                world.all_reduce(tensor, algorithm=algorithm)
+                assert_fold(tensor, expected, bound, f"all_reduce {dtype} x {count}, {algorithm}")
+                cases += 1
+            for algorithm in algorithms_for("reduce_scatter"):
+                output = torch.zeros(counts[rank], dtype=dtype)
+                world.reduce_scatter(output, inputs[rank].clone(), counts=counts, algorithm=algorithm)
+                assert_fold(output, expected[own], None if bound is None else bound[own], f"reduce_scatter {dtype} x {count}, {algorithm}")
+            for algorithm in algorithms_for("all_gather"):
+                whole = torch.zeros_like(inputs[0])
+                world.all_gather(whole, inputs[0, own].clone(), counts=counts, algorithm=algorithm)
+                assert_bitwise_equal(whole, inputs[0], f"all_gather {dtype} x {count}, {algorithm}")
+            for algorithm in algorithms_for("broadcast"):
+                root = count % size
+                tensor = inputs[rank].clone()
+                world.broadcast(tensor, root, algorithm=algorithm)
+                assert_bitwise_equal(tensor, inputs[root], f"broadcast {dtype} x {count} from {root}, {algorithm}")
+    return cases
+
+
+@pytest.mark.parametrize(("size", "transport"), [(n, t) for t in ("shm", "tcp") for n in (2, 3, 4, 5, 8)])
+def test_every_algorithm_is_right_for_real(size: int, transport: str) -> None:
+    assert min(run_ranks(size, check_every_algorithm, transport=transport, timeout_s=100)) >= 3 * 6 * 5
+
+
+def check_hosts(world: Any, hosts: tuple[int, ...]) -> int:
+    """Hosts that are only claimed: the schedule is what several hosts run, over one host's channels."""
+    world.topology = Topology(hosts)
+    size, rank, cases = world.size, world.rank, 0
+    for dtype in (torch.float32, torch.int64):
+        for count in (0, 1, size + 1, 1000, 300_001):
+            inputs = random_values(dtype, size, count)
+            expected, bound = reference("sum", inputs), fold_bound("sum", inputs) if dtype in FLOATS else None
+            counts = [count // size + (r < count % size) for r in range(size)]
+            own = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
+            root = count % size
+            tensor = inputs[rank].clone()
+            world.all_reduce(tensor, algorithm="hierarchical")
+            assert_fold(tensor, expected, bound, f"all_reduce {dtype} x {count} on {hosts}")
+            output = torch.zeros(counts[rank], dtype=dtype)
+            world.reduce_scatter(output, inputs[rank].clone(), counts=counts, algorithm="hierarchical")
+            assert_fold(output, expected[own], None if bound is None else bound[own], f"reduce_scatter {dtype} x {count} on {hosts}")
+            whole = torch.zeros_like(inputs[0])
+            world.all_gather(whole, inputs[0, own].clone(), counts=counts, algorithm="hierarchical")
+            assert_bitwise_equal(whole, inputs[0], f"all_gather {dtype} x {count} on {hosts}")
+            tensor = inputs[rank].clone()
+            world.broadcast(tensor, root, algorithm="hierarchical")
+            assert_bitwise_equal(tensor, inputs[root], f"broadcast {dtype} x {count} from {root} on {hosts}")
+            tensor = inputs[rank].clone()
+            world.reduce(tensor, root, algorithm="hierarchical")
+            if rank == root:
+                assert_fold(tensor, expected, bound, f"reduce {dtype} x {count} to {root} on {hosts}")
+            cases += 1
+    return cases
+
+
+@pytest.mark.parametrize("hosts", [(0, 0, 1), (0, 0, 1, 1), (0, 1, 1, 2, 0)], ids=str)
+def test_hierarchical_schedules_are_right_whatever_the_grouping(hosts: tuple[int, ...]) -> None:
+    assert min(run_ranks(len(hosts), check_hosts, hosts)) == 10
+
+
+def check_fallbacks(world: Any, fallback: str) -> int:
+    """The registered schedules on memory that is not registered, or only on some ranks."""
+    read_s_per_byte = 0.0 if fallback == "remote" else 1.0
+    world.topology = Topology.on_one_host(world.size, remote_reads=True)
+    world.topology = replace(world.topology, near=replace(world.topology.near, read_s_per_byte=read_s_per_byte, alpha_s=1e-9))
+    size, rank, cases = world.size, world.rank, 0
+    for count in (1000, 300_001):
+        assert select.choose("all_reduce", 4 * count, world.topology, "direct").fallback == fallback
+        for mixed in (False, True):
+            registered = mixed and rank % 2 == 0
+            inputs = random_values(torch.float32, size, size * count)
+            expected, bound = reference("sum", inputs), fold_bound("sum", inputs)
+            own = slice(rank * count, (rank + 1) * count)
+            tensor = memory(world, inputs[rank], registered)
+            world.all_reduce(tensor, algorithm="direct")
+            assert_fold(tensor, expected, bound, f"all_reduce x {count}, {fallback}, mixed={mixed}")
+            output = memory(world, torch.zeros(count), registered)
+            world.reduce_scatter(output, memory(world, inputs[rank], registered), algorithm="direct")
+            assert_fold(output, expected[own], bound[own], f"reduce_scatter x {count}, {fallback}, mixed={mixed}")
+            tensor = memory(world, inputs[rank], registered)
+            world.reduce(tensor, size - 1, algorithm="direct")
+            if rank == size - 1:
+                assert_fold(tensor, expected, bound, f"reduce x {count}, {fallback}, mixed={mixed}")
+            whole = memory(world, torch.zeros_like(inputs[0]), registered)
+            world.all_gather(whole, memory(world, inputs[0, own], registered), algorithm="direct")
+            assert_bitwise_equal(whole, inputs[0], f"all_gather x {count}, {fallback}, mixed={mixed}")
+            tensor = memory(world, inputs[rank], registered)
+            world.broadcast(tensor, 1, algorithm="direct")
+            assert_bitwise_equal(tensor, inputs[1], f"broadcast x {count}, {fallback}, mixed={mixed}")
+            exchanged = memory(world, torch.zeros_like(inputs[0]), registered)
+            world.all_to_all(exchanged, memory(world, inputs[rank], registered))
+            pieces = [inputs[s, own] for s in range(size)]
+            assert_bitwise_equal(exchanged, torch.cat(pieces), f"all_to_all x {count}, {fallback}, mixed={mixed}")
+            piece = memory(world, torch.zeros(count), registered)
+            world.scatter(piece, memory(world, inputs[0], registered) if rank == 0 else None)
+            assert_bitwise_equal(piece, inputs[0, own], f"scatter x {count}, {fallback}, mixed={mixed}")
+            everything = memory(world, torch.zeros_like(inputs[0]), registered) if rank == 1 else None
+            world.gather(everything, piece, 1)
+            if everything is not None:
+                assert_bitwise_equal(everything, inputs[0], f"gather x {count}, {fallback}, mixed={mixed}")
+            cases += 1
+    return cases
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("fallback", ["exchange", "remote"])
+def test_memory_that_is_not_registered_is_sent_or_read_where_it_lies(size: int, fallback: str) -> None:
+    assert min(run_ranks(size, check_fallbacks, fallback)) == 4
