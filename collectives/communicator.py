@@ -84,9 +84,11 @@ class Communicator(Issuer, Objects):
     def _open(self, identity: int) -> None:
         session = self.session
         far = [m for m in self.members if m != session.rank and not session.near[m]]
-        for lane, purpose in enumerate(("collective", "message")):
-            for member, sock in session.membership.connect(f"communicator {identity} {purpose}", far).items():
-                core.add_socket(self._handle, self.members.index(member), lane, sock.detach())
+        for member, streams in session.membership.connect_streams(f"communicator {identity} collective", far).items():
+            for sock in streams:
+                core.add_socket(self._handle, self.members.index(member), 0, sock.detach())
+        for member, sock in session.membership.connect(f"communicator {identity} message", far).items():
+            core.add_socket(self._handle, self.members.index(member), 1, sock.detach())
         ring_nbytes = min(RING_NBYTES, RINGS_NBYTES // (2 * self.size)) // 64 * 64
         check(core.open(self._handle, ring_nbytes, self.timeout_s))
         host_of = session.membership.host_of

@@ -23,6 +23,9 @@ from ringfold.collectives.authentication import handshake
 from ringfold.collectives.conversation import Conversation, converse, frame, pack_record, receive_frame, unpack_record
 from ringfold.collectives.errors import CommunicationError, ConfigError, ConnectError
 
+LOOPBACK = "127.0.0.1"
+SILENCE_S = 3.0  # of a host, after which it counts as lost
+
 _HELLO = 32
 _BACKLOG = 1024
 
@@ -41,6 +44,13 @@ def split_address(address: str) -> tuple[str, int]:
 def join_address(host: str, port: int) -> str:
     """Return the inverse of `split_address`."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def listen_everywhere(port: int) -> socket.socket:
+    """Return a listening TCP socket on all addresses of this host, of both families where the kernel has both; port 0 is any free one."""
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("::", port), family=socket.AF_INET6, backlog=_BACKLOG, dualstack_ipv6=True)
+    return listen("0.0.0.0", port)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -98,12 +108,29 @@ def _dial_once(address: str, timeout_s: float) -> socket.socket:
     return sock
 
 
-def call(address: str, secret: bytes, generation: str, purpose: str, rank: int, peer: int, deadline: float) -> socket.socket:
-    """Connect to a rank's listener and agree with it on what the connection is for.
+def keep_watch(sock: socket.socket) -> None:
+    """Have the kernel break an idle or busy connection a few seconds after the other host has fallen silent: a cut cable, a dead host.
+
+    Only for connections that the other side reads at all times, as it reads links: the same option ends one whose receiver has merely been
+    too busy to read for that long (tcp(7): TCP_USER_TIMEOUT; the kernel counts probes of a closed window too).
+    """
+    for level, option, value in (
+        (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 1),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1),
+        (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * SILENCE_S)),
+    ):
+        sock.setsockopt(level, option, value)
+
+
+def call(
+    address: str, secret: bytes, generation: str, purpose: str, rank: int, peer: int, deadline: float, patience_s: float = float("inf")
+) -> socket.socket:
+    """Connect to a rank's listener and agree with it on what the connection is for; it has `patience_s` to pick up, and then until the deadline.
 
     Raises: AuthenticationError, if it holds another secret. ConnectError, if it cannot be reached, or is not who we meant.
     """
-    sock = dial(address, deadline)
+    sock = dial(address, min(deadline, time.monotonic() + patience_s))
     try:
         answer = converse(sock, _introduce(secret, generation, purpose, rank), deadline)
         if answer != (generation, purpose, peer):
@@ -137,20 +164,21 @@ def _receive_hello() -> Conversation[tuple[str, str, int]]:
 
 
 class Listener:
-    """One rank's front door: a TCP socket on `host` and a unix socket, both until `close`.
+    """One rank's front door: a TCP socket at `port` and a unix socket at `unix_address`, both until `close`.
 
-    `addresses` are those two. Every connection that comes in is authenticated and kept for whoever asks for its purpose and rank.
+    The TCP socket is on the loopback, or `everywhere`. Every connection that comes in is authenticated and kept for whoever asks for its
+    purpose and rank.
     """
 
-    def __init__(self, secret: bytes, generation: str, rank: int, host: str) -> None:
+    def __init__(self, secret: bytes, generation: str, rank: int, everywhere: bool) -> None:
         self._secret = secret
         self._generation = generation
         self._rank = rank
         self._arrived: dict[tuple[str, int], socket.socket] = {}
         self._changed = threading.Condition()
         name = f"ringfold-{secrets.token_hex(16)}"
-        with _closing_on_error(listen(host, 0)) as tcp, _closing_on_error(listen_unix(name)) as unix:
-            self.tcp_address = join_address(*tcp.getsockname()[:2])
+        with _closing_on_error(listen_everywhere(0) if everywhere else listen(LOOPBACK, 0)) as tcp, _closing_on_error(listen_unix(name)) as unix:
+            self.port: int = tcp.getsockname()[1]
             self.unix_address = f"unix:{name}"
             self._acceptor = Acceptor(f"ringfold-listener-{rank}", {tcp: self._receive, unix: self._receive})
 

@@ -33,6 +33,8 @@ LAYOUT = "RINGFOLD_LAYOUT"
 JOB = "RINGFOLD_JOB"  # unique to one start of one job: a restart gets a new one
 TIMEOUT_S = "RINGFOLD_TIMEOUT_S"
 TRANSPORT = "RINGFOLD_TRANSPORT"
+INTERFACE = "RINGFOLD_INTERFACE"  # by which ranks of other hosts are reached: a name, or a network such as 10.1.0.0/16
+STREAMS = "RINGFOLD_STREAMS"  # TCP connections that share a large message to another host
 LOG_DIR = "RINGFOLD_LOG_DIR"
 QUIET = "RINGFOLD_QUIET"
 CHECK_ORDER = "RINGFOLD_CHECK_ORDER"  # "1": compare what ranks are about to do before each collective
@@ -42,6 +44,8 @@ Source = Literal["ringfold", "torchrun", "openmpi", "hydra", "slurm", "single"]
 Transport = Literal["auto", "shm", "tcp"]
 
 DEFAULT_TIMEOUT_S = 300.0
+DEFAULT_STREAMS = 4
+MAX_STREAMS = 64
 # What a job says about itself travels in the clear, so a secret must not be guessable by trying words.
 MIN_SECRET_NBYTES = 16
 
@@ -85,6 +89,8 @@ class Job:
     layout: str | None = None
     page_fd: int | None = None
     transport: Transport = "auto"
+    interface: str | None = None
+    streams: int = DEFAULT_STREAMS
     timeout_s: float = DEFAULT_TIMEOUT_S
     checks_order: bool = False
 
@@ -112,6 +118,9 @@ class Job:
             variables.problems.append(f"{TIMEOUT_S} is {timeout_s:g}, expected a number of seconds above 0")
         page_fd = variables.integer(PAGE_FD, -1)
         transport = variables.choice(TRANSPORT, get_args(Transport), "auto")
+        streams = variables.integer(STREAMS, DEFAULT_STREAMS)
+        if not 1 <= streams <= MAX_STREAMS:
+            variables.problems.append(f"{STREAMS} is {variables.text(STREAMS)}, expected 1 to {MAX_STREAMS}")
         variables.check(source)
         return cls(
             rank=place.rank,
@@ -125,6 +134,8 @@ class Job:
             layout=variables.text(LAYOUT),
             page_fd=page_fd if page_fd >= 0 else None,
             transport=cast(Transport, transport),
+            interface=variables.text(INTERFACE),
+            streams=streams,
             timeout_s=timeout_s,
             checks_order=variables.choice(CHECK_ORDER, ("0", "1"), "0") == "1",
         )

@@ -3,7 +3,7 @@
     1. meet      reach the store: the launcher's; or rank 0's own, at an address that all were given (several hosts) or that
                  rank 0 hands out on its host (`handoff.py`)
     2. publish   every rank sets one record under its number and reads everybody else's
-    3. link      every pair connects: over a unix socket on one host, else over TCP
+    3. link      every pair connects: over a unix socket on one host, else over TCP, by the first of the other's addresses that answers
 
 A generation is one join: the job's id and how often this process has joined it, so joining and closing may be repeated, and what is
 late from one generation cannot enter the next. Every wait ends at one deadline, with the names of the ranks that did not arrive.
@@ -19,105 +19,23 @@ import socket
 import time
 from collections import Counter
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ringfold.collectives.connect import Listener, call, join_address, name_ranks, split_address
+from ringfold.collectives import interfaces
+from ringfold.collectives.connect import LOOPBACK, Listener, join_address, keep_watch, name_ranks, split_address
 from ringfold.collectives.conversation import pack_record, unpack_record
-from ringfold.collectives.environment import STORE, TIMEOUT_S, Job, claim_key, generation_prefix, member_key, open_key
-from ringfold.collectives.errors import AuthenticationError, CommunicationError, ConfigError, ConnectError
+from ringfold.collectives.environment import LOCAL_SIZE, STORE, TIMEOUT_S, Job, claim_key, member_key, open_key
+from ringfold.collectives.errors import AuthenticationError, ConfigError, ConnectError
 from ringfold.collectives.handoff import FIRST_PAUSE_S, LONGEST_PAUSE_S, Handoff, receive_handoff
+from ringfold.collectives.membership import Member, Membership, connect_all, routes_to
 from ringfold.collectives.store import Store, StoreServer
+
+__all__ = ["Membership", "host_identity", "join"]
 
 _LINK = "link"
 _joins: Counter[tuple[str, int]] = Counter()  # how often this process has joined a job as a rank
-
-
-@dataclass(frozen=True)
-class _Member:
-    rank: int
-    world_size: int
-    transport: str
-    host: str
-    network: str
-    hostname: str
-    pid: int
-    tcp: str
-    unix: str
-
-    def __str__(self) -> str:
-        return f"rank {self.rank} ({self.hostname}, pid {self.pid})"
-
-
-@dataclass
-class Membership:
-    """One rank's place in one generation, and its connections.
-
-    host_of: a host id for each rank; equal ids mean that shared memory and unix sockets reach.
-    links: a connected, authenticated, blocking socket for each other rank. Whoever takes one over detaches it; `close` closes the rest.
-    store: None if world_size is 1.
-    """
-
-    rank: int
-    world_size: int
-    generation: str
-    job: Job
-    store: Store | None
-    host_of: list[str]
-    hostnames: list[str]
-    pids: list[int]
-    links: dict[int, socket.socket] = field(default_factory=dict)
-    _members: list[_Member] = field(default_factory=list, repr=False)
-    _secret: bytes = field(default=b"", repr=False)
-    _listener: Listener | None = field(default=None, repr=False)
-    _server: StoreServer | None = field(default=None, repr=False)
-
-    def describe(self, rank: int) -> str:
-        """Return a rank as messages name it: "rank 1 (node-a, pid 4121)"."""
-        return f"rank {rank} ({self.hostnames[rank]}, pid {self.pids[rank]})"
-
-    def connect(self, purpose: str, members: list[int]) -> dict[int, socket.socket]:
-        """Make one more TCP connection to every other of these ranks; the sockets are the caller's.
-
-        All of them call it with the same purpose, which must be new in this generation.
-        Raises: ConnectError, naming the ranks that did not do so in time.
-        """
-        peers = [rank for rank in members if rank != self.rank]
-        if not peers:
-            return {}
-        if self._listener is None:
-            raise ConnectError(f"rank {self.rank} was to connect for {purpose!r} after its membership of {self.generation} was closed")
-        addresses = {peer: self._members[peer].tcp for peer in peers}
-        return _connect_all(self, self._listener, purpose, addresses, time.monotonic() + self.job.timeout_s)
-
-    def close(self) -> None:
-        """Close every connection that is still ours and end every thread. May be called again."""
-        if self._listener is not None:
-            self._listener.close()
-            self._listener = None
-        for sock in self.links.values():
-            sock.close()
-        if self.store is not None:
-            if self.rank == 0 and self._server is None:
-                with suppress(CommunicationError):  # the launcher and its store may have gone first
-                    self.store.delete(generation_prefix(self.generation))
-            self.store.close()
-        if self._server is not None:
-            self._server.close()
-            self._server = None
-
-    def close_descriptors(self) -> None:
-        """In a forked child: close what it has inherited, without a word to anybody, so that peers see the parent's end when it comes."""
-        for sock in self.links.values():
-            sock.close()
-        if self._listener is not None:
-            self._listener.close_descriptors()
-        if self.store is not None:
-            self.store.close()
-        if self._server is not None:
-            self._server.close_descriptors()
-        self._listener = self.store = self._server = None
 
 
 def host_identity() -> str:
@@ -145,9 +63,14 @@ def join(job: Job) -> Membership:
     deadline = time.monotonic() + job.timeout_s
     with ExitStack() as undo:
         meeting = _meet(job, generation, deadline, undo)
-        listener = Listener(meeting.secret, generation, job.rank, meeting.store.local_host)
+        # On the loopback only if nobody can be elsewhere.
+        alone = job.local_size == job.world_size and ipaddress.ip_address(meeting.store.local_host).is_loopback
+        chosen = interfaces.choose(job.interface) if job.interface is not None else None
+        ours = [] if alone else interfaces.local_addresses()
+        listener = Listener(meeting.secret, generation, job.rank, everywhere=not alone)
         undo.callback(listener.close)
-        members = _exchange(job, generation, meeting, listener, deadline)
+        published = [f"{LOOPBACK}/8"] if alone else _published(ours if chosen is None else chosen, meeting.store.local_host)
+        members = _exchange(job, generation, meeting, listener, published, deadline)
         if meeting.handoff is not None:
             meeting.handoff.close()
         _check(job, members)
@@ -160,14 +83,18 @@ def join(job: Job) -> Membership:
             [member.host for member in members],
             [member.hostname for member in members],
             [member.pid for member in members],
-            _members=members,
-            _secret=meeting.secret,
-            _listener=listener,
-            _server=meeting.server,
+            members=members,
+            routes={peer.rank: routes_to(members[job.rank], peer, ours, chosen) for peer in members if peer.rank != job.rank},
+            secret=meeting.secret,
+            listener=listener,
+            server=meeting.server,
         )
-        over_unix = {peer for peer in members if peer.host == members[job.rank].host and job.transport != "tcp"}
-        addresses = {peer.rank: peer.unix if peer in over_unix else peer.tcp for peer in members if peer.rank != job.rank}
-        membership.links.update(_connect_all(membership, listener, _LINK, addresses, deadline))
+        over_unix = {peer.rank: [peer.unix] for peer in members if peer.host == members[job.rank].host and job.transport != "tcp"}
+        addresses = {peer: over_unix.get(peer, routes) for peer, routes in membership.routes.items()}
+        membership.links.update(connect_all(membership, listener, _LINK, addresses, deadline))
+        for link in membership.links.values():
+            if link.family != socket.AF_UNIX:
+                keep_watch(link)
         undo.pop_all()
     return membership
 
@@ -251,24 +178,31 @@ def _serve(job: Job, address: str, secret: bytes) -> StoreServer:
         ) from None
 
 
-def _exchange(job: Job, generation: str, meeting: _Meeting, listener: Listener, deadline: float) -> list[_Member]:
+def _published(addresses: list[interfaces.Address], store_side: str) -> list[str]:
+    """Return what others are told: first the address that leads to the store, since by that way they have met already."""
+    return [str(address.host) for address in sorted(addresses, key=lambda address: str(address.host.ip) != store_side)]
+
+
+def _exchange(job: Job, generation: str, meeting: _Meeting, listener: Listener, addresses: list[str], deadline: float) -> list[Member]:
     """Publish where this rank is, and read where the others are, in rank order."""
     store = meeting.store
-    own = _Member(
+    own = Member(
         job.rank,
         job.world_size,
         job.transport,
+        job.streams,
         host_identity(),
         _identity("net"),
         socket.gethostname(),
         os.getpid(),
-        listener.tcp_address,
+        addresses,
+        listener.port,
         listener.unix_address,
     )
     if store.add(claim_key(generation, job.rank), 1) > 1:
         raise ConfigError(f"{own} is the second process that says it is rank {job.rank} of {generation}: give every worker a rank of its own")
     store.set(member_key(generation, job.rank), pack_record(vars(own)))
-    members: list[_Member] = []
+    members: list[Member] = []
     for peer in range(job.world_size):
         if peer == job.rank:
             members.append(own)
@@ -285,17 +219,17 @@ def _exchange(job: Job, generation: str, meeting: _Meeting, listener: Listener, 
     return members
 
 
-def _read_member(record: bytes) -> _Member:
+def _read_member(record: bytes) -> Member:
     fields = unpack_record(record)
     if "given_up" in fields:
         raise ConnectError(fields["given_up"])
-    numbers, texts = ("rank", "world_size", "pid"), ("transport", "host", "network", "hostname", "tcp", "unix")
-    expected: dict[str, Any] = dict.fromkeys(numbers, int) | dict.fromkeys(texts, str)
+    numbers, texts = ("rank", "world_size", "streams", "pid", "port"), ("transport", "host", "network", "hostname", "unix")
+    expected: dict[str, Any] = dict.fromkeys(numbers, int) | dict.fromkeys(texts, str) | {"addresses": list}
     fields = unpack_record(record, **expected)
-    return _Member(**{key: fields[key] for key in expected})
+    return Member(**{key: fields[key] for key in expected})
 
 
-def _give_up(job: Job, generation: str, meeting: _Meeting, arrived: list[_Member]) -> ConnectError:
+def _give_up(job: Job, generation: str, meeting: _Meeting, arrived: list[Member]) -> ConnectError:
     """Find out who is missing, and tell everybody who waits for them, so that all ranks end with the same names."""
     store = meeting.store
     missing = [len(arrived)]  # at least: rank 0 may give up at the same moment, and its store ends with it
@@ -314,7 +248,7 @@ def _give_up(job: Job, generation: str, meeting: _Meeting, arrived: list[_Member
     return error
 
 
-def _missing(job: Job, missing: list[int], arrived: list[_Member], refused: int = 0) -> ConnectError:
+def _missing(job: Job, missing: list[int], arrived: list[Member], refused: int = 0) -> ConnectError:
     lines = [f"{name_ranks(missing)} of {job.world_size} did not arrive: rank {job.rank} of {job.job_id} gave up after {job.timeout_s:.1f} s"]
     if refused:
         lines.append(f"refused because they did not hold the job's secret: {refused} connections")
@@ -324,37 +258,22 @@ def _missing(job: Job, missing: list[int], arrived: list[_Member], refused: int 
     return ConnectError("\n  ".join(lines))
 
 
-def _check(job: Job, members: list[_Member]) -> None:
+def _check(job: Job, members: list[Member]) -> None:
     """Compare what the ranks were told, and whether they can reach each other with it."""
     problems = []
-    for name, own in (("world_size", job.world_size), ("transport", job.transport)):
+    for name, own in (("world_size", job.world_size), ("transport", job.transport), ("streams", job.streams)):
         differing = [f"{member} has {getattr(member, name)}" for member in members if getattr(member, name) != own]
         if differing:
             problems.append(f"{name} is {own} on rank {job.rank}, but {', '.join(differing)}")
     elsewhere = ", ".join(str(member) for member in members if member.host != members[0].host)
     if elsewhere and job.transport == "shm":
         problems.append(f"transport shm needs one host, but {elsewhere} shares no memory with {members[0]}: use auto or tcp")
-    hidden = [member for member in members if ipaddress.ip_address(split_address(member.tcp)[0]).is_loopback]
+    hidden = [member for member in members if member.addresses == [f"{LOOPBACK}/8"]]
     if hidden and any(member.network != members[0].network for member in members):
-        named = ", ".join(f"{member} at {member.tcp}" for member in hidden)
-        problems.append(f"{named} is out of reach for other hosts: give {STORE} or MASTER_ADDR as an address that they reach, not as a name")
+        named = ", ".join(map(str, hidden))
+        problems.append(
+            f"{named} listens on its loopback only, out of reach for other hosts, because it was told that all ranks are on its host: "
+            f"set {LOCAL_SIZE}, or start it by a launcher that does"
+        )
     if problems:
         raise ConfigError(f"the ranks of {job.job_id} do not fit together:\n  " + "\n  ".join(problems))
-
-
-def _connect_all(membership: Membership, listener: Listener, purpose: str, addresses: dict[int, str], deadline: float) -> dict[int, socket.socket]:
-    """Call every lower rank, wait for every higher one."""
-    rank, secret, generation = membership.rank, membership._secret, membership.generation
-    with ExitStack() as undo:
-        connected: dict[int, socket.socket] = {}
-        for peer in sorted(peer for peer in addresses if peer < rank):
-            try:
-                connected[peer] = undo.enter_context(call(addresses[peer], secret, generation, purpose, rank, peer, deadline))
-            except ConnectError as error:
-                raise ConnectError(f"rank {rank} did not reach {membership.describe(peer)} for {purpose!r} of {generation}: {error}") from None
-        try:
-            connected.update(listener.collect(purpose, (peer for peer in addresses if peer > rank), deadline))
-        except ConnectError as error:
-            raise ConnectError(f"{error} of {generation} within {membership.job.timeout_s:.1f} s: did they end, or not call it?") from None
-        undo.pop_all()
-    return connected

@@ -42,9 +42,11 @@ Communicator::Communicator(Context* context, uint32_t id, std::string name, std:
 
 void Communicator::AddSocket(int peer, Lane lane, int fd) {
   Channels& channels = channels_[static_cast<size_t>(peer)];
-  channels.sockets[lane] = Descriptor(fd);
-  channels.senders[lane] = std::make_unique<tcp::ChannelSender>(fd);
-  channels.receivers[lane] = std::make_unique<tcp::ChannelReceiver>(fd);
+  channels.sockets[lane].emplace_back(fd);
+  std::vector<int> streams;
+  for (const Descriptor& socket : channels.sockets[lane]) streams.push_back(socket.get());
+  channels.senders[lane] = std::make_unique<tcp::ChannelSender>(streams);
+  channels.receivers[lane] = std::make_unique<tcp::ChannelReceiver>(streams);
 }
 
 Error Communicator::CreateArena(size_t ring_nbytes) {
@@ -75,8 +77,8 @@ bool Communicator::IsOpen() const {
 std::vector<int> Communicator::sockets() const {
   std::vector<int> fds;
   for (const Channels& channels : channels_)
-    for (const Descriptor& socket : channels.sockets)
-      if (socket.valid()) fds.push_back(socket.get());
+    for (const auto& streams : channels.sockets)
+      for (const Descriptor& socket : streams) fds.push_back(socket.get());
   return fds;
 }
 
@@ -183,7 +185,7 @@ bool Communicator::Progress() {
 std::string Communicator::Describe(const Operation& operation) const {
   const Fingerprint& f = operation.fingerprint();
   bool far = false;
-  for (const Channels& channels : channels_) far = far || channels.sockets[kCollectiveLane].valid();
+  for (const Channels& channels : channels_) far = far || !channels.sockets[kCollectiveLane].empty();
   std::string text = std::string(OpName(static_cast<uint8_t>(operation.request().op))) + " #" + std::to_string(f.sequence) + " (";
   if (operation.request().op != OpCode::kBarrier)
     text += std::string(NameOf(operation.request().dtype)) + " x " + std::to_string(operation.request().count) + ", ";
@@ -264,7 +266,7 @@ void Communicator::Fail(const Error& error) {
 }
 
 bool Communicator::HasLeft(int peer) const {
-  return context_->roster().at(WorldRank(peer)).left && !channels_[static_cast<size_t>(peer)].sockets[kCollectiveLane].valid();
+  return context_->roster().at(WorldRank(peer)).left && channels_[static_cast<size_t>(peer)].sockets[kCollectiveLane].empty();
 }
 
 bool Communicator::CheckOne(const Operation& operation, uint64_t now, OperationQueue* queue) {
@@ -304,7 +306,7 @@ void Communicator::Check(uint64_t now) {
 bool Communicator::Expose(int peer, const char* data, size_t nbytes, uint64_t* region, uint64_t* offset) {
   *region = 0;
   *offset = reinterpret_cast<uint64_t>(data);
-  if (channels_[static_cast<size_t>(peer)].sockets[kCollectiveLane].valid()) return true;
+  if (!channels_[static_cast<size_t>(peer)].sockets[kCollectiveLane].empty()) return true;
   return context_->roster().Announce(WorldRank(peer), data, nbytes, region, offset);
 }
 

@@ -33,7 +33,7 @@ class Communicator : public Peers {
   const std::vector<int>& members() const { return members_; }
   int WorldRank(int peer) const { return members_[static_cast<size_t>(peer)]; }
 
-  // Gives a peer of another host its socket for one lane (takes `fd`).
+  // Gives a peer of another host one more stream for a lane (takes `fd`); both ends add theirs in the same order.
   void AddSocket(int peer, Lane lane, int fd);
   // The inbound rings of this rank, for the peers on its host; their frames arrive here.
   Error CreateArena(size_t ring_nbytes);
@@ -80,7 +80,7 @@ class Communicator : public Peers {
 
  private:
   struct Channels {
-    Descriptor sockets[kLanes];
+    std::vector<Descriptor> sockets[kLanes];
     Mapping arena;
     std::unique_ptr<Sender> senders[kLanes];
     std::unique_ptr<Receiver> receivers[kLanes];

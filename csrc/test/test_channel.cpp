@@ -1,5 +1,5 @@
 // The contract of a transport: frames arrive whole, in order and unchanged, whatever their sizes and however late either end is; a reduction lands
-// as dst = local op incoming; nothing is taken by looking. Both transports run the same cases, sender and receiver as threads over one ring or socket.
+// as dst = local op incoming; nothing is taken by looking. Every transport runs the same cases, sender and receiver as threads over one ring, or over one or several sockets.
 
 #include <sys/socket.h>
 
@@ -23,7 +23,7 @@ struct Pair {
   std::unique_ptr<Sender> sender;
   std::unique_ptr<Receiver> receiver;
   std::vector<std::shared_ptr<void>> owned;
-  std::function<void()> cut;  // ends the stream at the sender's side; empty where only the link can tell
+  std::vector<std::shared_ptr<Descriptor>> sending;  // the sender's ends of its streams; none where only the link can tell of an end
 };
 
 Pair ShmPair(size_t capacity) {
@@ -33,14 +33,22 @@ Pair ShmPair(size_t capacity) {
   return {std::make_unique<shm::ChannelSender>(ring, capacity, Bell()), std::make_unique<shm::ChannelReceiver>(ring, capacity, Bell()), {memory}, {}};
 }
 
-Pair TcpPair(size_t buffer) {
-  int fds[2];
-  CHECK(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0, fds) == 0);
-  const int size = static_cast<int>(buffer);
-  CHECK(setsockopt(fds[0], SOL_SOCKET, SO_SNDBUF, &size, sizeof size) == 0);
-  auto a = std::make_shared<Descriptor>(fds[0]);
-  auto b = std::make_shared<Descriptor>(fds[1]);
-  return {std::make_unique<tcp::ChannelSender>(fds[0]), std::make_unique<tcp::ChannelReceiver>(fds[1]), {a, b}, [a] { a->Close(); }};
+Pair TcpPair(size_t streams, size_t buffer) {
+  std::vector<int> sending, receiving;
+  Pair pair;
+  for (size_t s = 0; s < streams; ++s) {
+    int fds[2];
+    CHECK(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0, fds) == 0);
+    const int size = static_cast<int>(buffer);
+    CHECK(setsockopt(fds[0], SOL_SOCKET, SO_SNDBUF, &size, sizeof size) == 0);
+    pair.sending.push_back(std::make_shared<Descriptor>(fds[0]));
+    pair.owned.push_back(std::make_shared<Descriptor>(fds[1]));
+    sending.push_back(fds[0]);
+    receiving.push_back(fds[1]);
+  }
+  pair.sender = std::make_unique<tcp::ChannelSender>(sending);
+  pair.receiver = std::make_unique<tcp::ChannelReceiver>(receiving);
+  return pair;
 }
 
 template <typename Try>
@@ -111,22 +119,41 @@ void ReductionsLand(Pair pair, size_t count) {
   for (size_t i = 0; i < count; ++i) CHECK(result[i] == (local[i] + sent[i]) / 2);
 }
 
+// One dead stream is a dead channel.
+void AnEndInsideAFrameIsNoticed(Pair pair) {
+  std::vector<char> payload(1 << 20);
+  FrameHeader header;
+  header.nbytes = payload.size();
+  Finish([&] {
+    CHECK(pair.sender->Send(header, payload.data()) != Io::kDone);  // the buffers are smaller
+    return pair.receiver->Peek(&header);
+  });
+  pair.sending.back()->Close();
+  CHECK(pair.sender->Send(header, payload.data()) == Io::kBroken);
+  Sink sink;
+  sink.dst = payload.data();
+  sink.nbytes = payload.size();
+  Io io = Io::kMoved;
+  while (io == Io::kMoved) io = pair.receiver->Receive(sink);
+  CHECK(io == Io::kBroken);
+}
+
 void Contract(const std::function<Pair(size_t)>& make) {
   for (const size_t capacity : {size_t{4096}, size_t{65536}}) {
-    FramesArriveInOrder(make(capacity), {0, 1, 15, 16, 17, 63, 64, 65, 0, 4095, 4096, 4097, 100000, 3, 300001, 0});
+    FramesArriveInOrder(make(capacity), {0, 1, 15, 16, 17, 63, 64, 65, 0, 4095, 4096, 4097, 32768, 65535, 65536, 65537, 100000, 3, 98305, 300001, 0});
     std::mt19937 random(7);
     std::vector<size_t> sizes(300);
     for (size_t& size : sizes) size = random() % 3 == 0 ? random() % 20000 : random() % 80;
     FramesArriveInOrder(make(capacity), sizes);
-    for (const size_t count : {0, 1, 2, 3, 8, 1000, 50001}) ReductionsLand(make(capacity), count);
+    for (const size_t count : {0, 1, 2, 3, 8, 1000, 8191, 8193, 50001}) ReductionsLand(make(capacity), count);
   }
   Pair idle = make(4096);
   FrameHeader header;
   CHECK(idle.receiver->Peek(&header) == Io::kBlocked);
-  if (idle.cut) {
-    idle.cut();
-    CHECK(idle.receiver->Peek(&header) == Io::kBroken);
-  }
+  if (idle.sending.empty()) return;
+  AnEndInsideAFrameIsNoticed(make(4096));
+  idle.sending.front()->Close();
+  CHECK(idle.receiver->Peek(&header) == Io::kBroken);
 }
 
 }  // namespace
@@ -134,6 +161,6 @@ void Contract(const std::function<Pair(size_t)>& make) {
 
 int main() {
   ringfold::Contract(ringfold::ShmPair);
-  ringfold::Contract(ringfold::TcpPair);
+  for (const size_t streams : {1, 2, 3, 8}) ringfold::Contract([streams](size_t buffer) { return ringfold::TcpPair(streams, buffer); });
   return 0;
 }
