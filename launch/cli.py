@@ -93,6 +93,7 @@ def ringfold(debug: bool) -> None:
 @click.option("--layout", metavar="TEXT", help='Arrangement of the ranks, such as "dp4 micro2".  [default: dpN]')
 @click.option("--timeout", metavar="S", help="Seconds after which a collective gives up.")
 @click.option("--transport", metavar="NAME", help="auto, shm or tcp.  [default: auto]")
+@click.option("--interface", metavar="NAME", help="Network between hosts: an interface, or addresses such as 10.1.0.0/16.")
 @click.option("--log-dir", metavar="DIR", help="Write rank-0.log, rank-1.log, ... and the metrics there.")
 @click.option("--report", metavar="FILE", help="Write how the job and each rank ended, as JSON.")
 @click.option("--omp-threads", metavar="K", help="OMP_NUM_THREADS of each rank.  [default: cores / N, or your own]")

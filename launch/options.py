@@ -46,6 +46,7 @@ class RunOptions:
     layout: str | None = None
     timeout_s: float | None = None
     transport: Transport | None = None
+    interface: str | None = None
     log_dir: Path | None = None
     report: Path | None = None
     omp_threads: int | None = None
@@ -89,6 +90,16 @@ class _Checked:
             suggestion = f"; did you mean {meant}?" if meant else ""
             self.problems.append(f"--transport {text}: expected one of {', '.join(get_args(Transport))}{suggestion}")
         return None
+
+    def interface(self, text: str | None) -> None:
+        if text is None:
+            return
+        from ringfold.collectives import interfaces
+
+        try:
+            interfaces.choose(text)
+        except ConfigError as error:
+            self.problems.append(f"--{error}")
 
     def layout(self, text: str | None, world_size: int | None) -> None:
         if text is None:
@@ -150,6 +161,7 @@ def check_options(
     layout: str | None = None,
     timeout: str | None = None,
     transport: str | None = None,
+    interface: str | None = None,
     log_dir: str | None = None,
     report: str | None = None,
     omp_threads: str | None = None,
@@ -163,6 +175,7 @@ def check_options(
     checked.layout(layout, world_size)
     timeout_s = checked.seconds("--timeout", timeout)
     transport_name = checked.transport(transport)
+    checked.interface(interface)
     log_folder = checked.folder_to_make("--log-dir", log_dir)
     report_path = checked.file_to_write("--report", report)
     threads = checked.whole_number("--omp-threads", omp_threads, 4096, "threads")
@@ -170,7 +183,7 @@ def check_options(
     checked.target(target)
     if checked.problems or target is None or world_size is None:
         raise ConfigError(listed(checked.problems))
-    return RunOptions(target, world_size, layout, timeout_s, transport_name, log_folder, report_path, threads)
+    return RunOptions(target, world_size, layout, timeout_s, transport_name, interface, log_folder, report_path, threads)
 
 
 def listed(problems: Sequence[str]) -> str:

@@ -94,6 +94,8 @@ def rank_environment(
         values[environment.TIMEOUT_S] = repr(options.timeout_s)
     if options.transport is not None:
         values[environment.TRANSPORT] = options.transport
+    if options.interface is not None:
+        values[environment.INTERFACE] = options.interface
     if options.log_dir is not None:
         values[environment.LOG_DIR] = str(options.log_dir)
     if options.omp_threads is not None:

@@ -60,6 +60,8 @@ def invoke(*arguments: str) -> tuple[int, str]:
         (["--timeout", "nan", "train.py"], "--timeout nan: expected"),
         (["--timeout", "0", "train.py"], "--timeout 0: expected"),
         (["--transport", "smh", "train.py"], "--transport smh: expected one of auto, shm, tcp; did you mean shm?"),
+        (["--interface", "eth-77", "train.py"], "--interface eth-77: this host ("),
+        (["--interface", "203.0.113.0/24", "train.py"], "no address in such a network"),
         (["--omp-threads", "0", "train.py"], "--omp-threads 0: expected a whole number of threads"),
         (["--log-dir", "train.py/logs", "train.py"], "train.py is a file, expected a folder"),
         (["--report", "nowhere/report.json", "train.py"], "there is no folder"),
@@ -110,7 +112,7 @@ def test_everything_after_the_script_belongs_to_the_script(started: list[RunOpti
 def test_values_reach_the_job(started: list[RunOptions], folder: Path) -> None:
     words = ["-n", "3", "--layout", "dp3", "--timeout", "2.5", "--transport", "tcp", "--log-dir", "a/b", "--report", "r", "--omp-threads", "2"]
     assert invoke(*words, "train.py") == (0, "")
-    assert started == [RunOptions(Target("script", "train.py"), 3, "dp3", 2.5, "tcp", folder / "a/b", folder / "r", 2)]
+    assert started == [RunOptions(Target("script", "train.py"), 3, "dp3", 2.5, "tcp", None, folder / "a/b", folder / "r", 2)]
 
 
 def test_an_unknown_option_before_the_script_is_refused_with_the_nearest(started: list[RunOptions]) -> None:

@@ -51,6 +51,7 @@ SEVERAL_HOSTS = {"RINGFOLD_SECRET": SECRET, "RINGFOLD_STORE": "10.0.0.7:4000"}
 
 def test_ringfold_variables_are_read_whole():
     more = {"RINGFOLD_PAGE_FD": "9", "RINGFOLD_LAYOUT": "dp7 micro2", "RINGFOLD_TRANSPORT": "tcp", "RINGFOLD_TIMEOUT_S": "2.5"}
+    more |= {"RINGFOLD_INTERFACE": "10.1.0.0/16", "RINGFOLD_STREAMS": "7"}
     assert Job.from_environment({**RINGFOLD, **more}) == Job(
         rank=5,
         world_size=7,
@@ -63,6 +64,8 @@ def test_ringfold_variables_are_read_whole():
         layout="dp7 micro2",
         page_fd=9,
         transport="tcp",
+        interface="10.1.0.0/16",
+        streams=7,
         timeout_s=2.5,
     )
 
@@ -176,6 +179,8 @@ def test_all_problems_are_told_at_once():
         ({"RINGFOLD_SECRET": "short"}, "RINGFOLD_SECRET has 5 bytes, expected at least 16"),
         ({"RINGFOLD_TIMEOUT_S": "nan"}, "RINGFOLD_TIMEOUT_S is nan"),
         ({"RINGFOLD_TIMEOUT_S": "soon"}, "RINGFOLD_TIMEOUT_S is 'soon', expected a number"),
+        ({"RINGFOLD_STREAMS": "0"}, "RINGFOLD_STREAMS is 0, expected 1 to 64"),
+        ({"RINGFOLD_STREAMS": "many"}, "RINGFOLD_STREAMS is 'many', expected an integer"),
     ],
 )
 def test_numbers_that_do_not_fit_are_refused(change, message):

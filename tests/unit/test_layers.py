@@ -23,6 +23,7 @@ BELOW = {
 MAY_IMPORT_LAZILY = {("launch", "ringfold.parallel.layout"), ("launch", "ringfold.benchmarks")}
 MAY_IMPORT_TORCH = {
     "collectives/communicator.py",
+    "collectives/measure.py",
     "collectives/work.py",
     "collectives/_native.py",
     "collectives/registered.py",
