@@ -325,8 +325,9 @@ void Context::Lost(int world_rank) {
   if (peer.lost) return;
   peer.lost = true;
   if (!peer.left) roster_.TellLost(world_rank);
-  const std::string how = peer.left ? " has left the job (it shut down or finished its script)"
-                                    : " is gone: it failed or was killed (its connection closed without a farewell)";
+  const std::string how = peer.left          ? " has left the job (it shut down or finished its script)"
+                          : peer.unreachable ? " cannot be reached any more: its host is down, or the network between is cut"
+                                             : " is gone: it failed or was killed (its connection closed without a farewell)";
   FailAll({ErrorCode::kPeerLost, world_rank, peer.label + how + roster_.LastOperation(world_rank, 0)});
 }
 

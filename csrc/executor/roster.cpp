@@ -46,6 +46,7 @@ std::vector<Notice> Roster::Pump() {
         Take(p, std::move(message), &notices);
         continue;
       }
+      peer.unreachable = peer.link->unreachable();
       peer.link.reset();  // also leaves the epoll set
       if (!peer.left) notices.push_back({Notice::Kind::kLost, 0, {ErrorCode::kPeerLost, p, ""}});
     }

@@ -30,6 +30,7 @@ struct Peer {
   std::unique_ptr<Link> link;
   bool left = false;  // it said farewell
   bool lost = false;
+  bool unreachable = false;  // lost because its host does not answer
   Mapping page;
   Descriptor doorbell;
   std::map<uint32_t, Arena> arenas;     // by communicator, not yet attached

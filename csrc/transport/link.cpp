@@ -101,6 +101,7 @@ Link::Next Link::Receive(LinkMessage* message) {
       if (errno == EINTR) continue;
       if (errno == EAGAIN || errno == EWOULDBLOCK) return Next::kNothing;
       ended_ = true;
+      unreachable_ = errno == ETIMEDOUT || errno == EHOSTUNREACH || errno == ENETUNREACH;
       continue;
     }
     for (cmsghdr* c = CMSG_FIRSTHDR(&header); c != nullptr; c = CMSG_NXTHDR(&header, c)) {

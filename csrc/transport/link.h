@@ -45,6 +45,9 @@ class Link {
   // Takes the next message if all of it has arrived.
   Next Receive(LinkMessage* message);
 
+  // The link has ended without its peer: the kernel gave up on a host that no longer answers, or has no way to it.
+  bool unreachable() const { return unreachable_; }
+
   int fd() const { return socket_.get(); }
   void Close() { socket_.Close(); }
 
@@ -53,6 +56,7 @@ class Link {
   std::string buffer_;
   std::vector<Descriptor> arrived_;  // descriptors of messages not yet taken, in order
   bool ended_ = false;
+  bool unreachable_ = false;
 };
 
 }  // namespace ringfold
