@@ -52,7 +52,7 @@ def join(job: Job) -> Membership:
     """Meet the other ranks of the job and connect to each of them; with world_size 1 nothing is opened.
 
     Raises: ConnectError, naming the ranks that did not arrive in `job.timeout_s`. AuthenticationError, if this process does not hold
-    the job's secret. ConfigError, if ranks were told different things.
+    the job's secret. ConfigError, if ranks were told different things, or this one an interface that its host does not have.
     """
     if not 0 <= job.rank < job.world_size:
         raise ConfigError(f"rank is {job.rank}, expected 0 to {job.world_size - 1} (world_size is {job.world_size})")
@@ -60,12 +60,12 @@ def join(job: Job) -> Membership:
     generation = f"{job.job_id}/{_joins[job.job_id, job.rank]}"
     if job.world_size == 1:
         return Membership(0, 1, generation, job, None, [host_identity()], [socket.gethostname()], [os.getpid()])
+    chosen = interfaces.choose(job.interface) if job.interface is not None else None
     deadline = time.monotonic() + job.timeout_s
     with ExitStack() as undo:
         meeting = _meet(job, generation, deadline, undo)
         # On the loopback only if nobody can be elsewhere.
         alone = job.local_size == job.world_size and ipaddress.ip_address(meeting.store.local_host).is_loopback
-        chosen = interfaces.choose(job.interface) if job.interface is not None else None
         ours = [] if alone else interfaces.local_addresses()
         listener = Listener(meeting.secret, generation, job.rank, everywhere=not alone)
         undo.callback(listener.close)

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 from ringfold.collectives import interfaces
-from ringfold.collectives.environment import INTERFACE
+from ringfold.collectives.environment import INTERFACE, STORE
 
-from tests.cluster.hosts import Hosts
+from tests.cluster.hosts import MASTER_PORT, Hosts
 from tests.cluster.test_collectives import values_of
 from tests.harness import Outcome
 
@@ -65,7 +65,7 @@ def test_the_network_by_which_the_store_is_reached_comes_first(hosts: Hosts) -> 
 def test_an_address_that_does_not_answer_is_given_up_for_the_next(hosts: Hosts) -> None:
     # Rank 0 names both; who calls it is a neighbour on both, and the first to be tried is the one by which rank 0 met its store.
     hosts.cut(1, 1)
-    env = [{"MASTER_ADDR": hosts.address(0, 1)}, {"MASTER_ADDR": hosts.address(0, 0)}]
+    env = [{STORE: f"{hosts.address(0, network)}:{MASTER_PORT + 1}"} for network in (1, 0)]
     with hosts.spawn([0, 1], whom_it_reached, env=env) as ranks:
         first, second = values_of(ranks.wait(30))
     assert first[1] == [f"{hosts.address(0, 1)}/24", f"{hosts.address(0, 0)}/24"]
