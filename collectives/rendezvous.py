@@ -26,7 +26,7 @@ from typing import Any
 from ringfold.collectives import interfaces
 from ringfold.collectives.connect import LOOPBACK, Listener, join_address, keep_watch, name_ranks, split_address
 from ringfold.collectives.conversation import pack_record, unpack_record
-from ringfold.collectives.environment import LOCAL_SIZE, STORE, TIMEOUT_S, Job, claim_key, member_key, open_key
+from ringfold.collectives.environment import STORE, TIMEOUT_S, Job, claim_key, member_key, open_key
 from ringfold.collectives.errors import AuthenticationError, ConfigError, ConnectError
 from ringfold.collectives.handoff import FIRST_PAUSE_S, LONGEST_PAUSE_S, Handoff, receive_handoff
 from ringfold.collectives.membership import Member, Membership, connect_all, routes_to
@@ -268,12 +268,5 @@ def _check(job: Job, members: list[Member]) -> None:
     elsewhere = ", ".join(str(member) for member in members if member.host != members[0].host)
     if elsewhere and job.transport == "shm":
         problems.append(f"transport shm needs one host, but {elsewhere} shares no memory with {members[0]}: use auto or tcp")
-    hidden = [member for member in members if member.addresses == [f"{LOOPBACK}/8"]]
-    if hidden and any(member.network != members[0].network for member in members):
-        named = ", ".join(map(str, hidden))
-        problems.append(
-            f"{named} listens on its loopback only, out of reach for other hosts, because it was told that all ranks are on its host: "
-            f"set {LOCAL_SIZE}, or start it by a launcher that does"
-        )
     if problems:
         raise ConfigError(f"the ranks of {job.job_id} do not fit together:\n  " + "\n  ".join(problems))

@@ -76,22 +76,25 @@ class Hosts:
             undo.callback(lambda: self._resources.close())
             # One user namespace for all, so that a cable may join any two.
             self._switch = self._start(["unshare", "--net", *([] if os.geteuid() == 0 else ["--user", "--map-root-user"])])
-            self._ip(None, *(f"link add br{n} type bridge" for n in range(self.networks)), *(f"link set br{n} up" for n in range(self.networks)))
-            for i in range(self.number):
-                enter = self._enter(self._switch)
-                self._hosts.append(self._start([*enter, "unshare", "--net", "--uts", "--ipc", "--mount"]))
-            for i, host in enumerate(self._hosts):
-                for n in range(self.networks):
-                    self._ip(
-                        None,
-                        f"link add eth{n} netns {host.pid} type veth peer name h{i}e{n}",
-                        f"link set h{i}e{n} master br{n} up",
-                    )
-                up = [f"addr add {self.address(i, n)}/24 dev eth{n}" for n in range(self.networks)] + [f"link set eth{n} up" for n in range(self.networks)]
-                self._ip(i, "link set lo up", *up)
-                own_hosts = f"127.0.0.1 localhost\\n127.0.1.1 node{i}\\n"
-                self.run(i, "sh", "-c", f"hostname node{i}; mount -t tmpfs tmpfs /mnt; printf '{own_hosts}' >/mnt/hosts; mount --bind /mnt/hosts /etc/hosts")
+            for network in range(self.networks):
+                self._ip(None, f"link add br{network} type bridge", f"link set br{network} up")
+            for _ in range(self.number):
+                self._hosts.append(self._start([*self._enter(self._switch), "unshare", "--net", "--uts", "--ipc", "--mount"]))
+            for host in range(self.number):
+                self._furnish(host)
             undo.pop_all()
+
+    def _furnish(self, host: int) -> None:
+        """Give a host its loopback, its cables, its name and what the name means to it."""
+        self._ip(host, "link set lo up")
+        for network in range(self.networks):
+            cable = f"h{host}e{network}"
+            self._ip(None, f"link add eth{network} netns {self._hosts[host].pid} type veth peer name {cable}")
+            self._ip(None, f"link set {cable} master br{network} up")
+            self._ip(host, f"addr add {self.address(host, network)}/24 dev eth{network}", f"link set eth{network} up")
+        hosts = f"127.0.0.1 localhost\\n127.0.1.1 node{host}\\n"
+        bind = f"mount -t tmpfs tmpfs /mnt; printf '{hosts}' >/mnt/hosts; mount --bind /mnt/hosts /etc/hosts"
+        self.run(host, "sh", "-ec", f"hostname node{host}; {bind}")
 
     def __enter__(self) -> Hosts:
         return self
@@ -208,7 +211,7 @@ def _on_host(pids: list[int], told: list[dict[str, str]], joined: bool, function
     """Become a rank on its host: enter its namespaces, and see what its launcher has said."""
     rank = int(os.environ["RINGFOLD_RANK"])
     enter(pids[rank])
-    for name in [name for name in os.environ if name.startswith("RINGFOLD_")]:
+    for name in [name for name in os.environ if name.startswith("RINGFOLD_") and name != "RINGFOLD_FLIGHT_DIR"]:
         del os.environ[name]
     os.environ.update(told[rank])
     if not joined:

@@ -53,9 +53,10 @@ def cap_each_flow(hosts: Hosts, rate: str, classes: int = 128) -> None:
     for host, port_at in ((0, 22), (1, 20)):  # the destination's in the IPv4 packets of host 0, the source's in those of host 1
         lines = ["qdisc replace dev eth0 root handle 1: htb default 1"]
         for number in range(classes):
+            flow, ports = f"1:{number + 1:x}", f"{2 * number:#x} {2 * (classes - 1):#x}"
             lines += [
-                f"class add dev eth0 parent 1: classid 1:{number + 1:x} htb rate {rate} burst 32kb cburst 32kb",
-                f"filter add dev eth0 parent 1: protocol ip prio 1 u32 match u16 {2 * number:#x} {2 * (classes - 1):#x} at {port_at} flowid 1:{number + 1:x}",
+                f"class add dev eth0 parent 1: classid {flow} htb rate {rate} burst 32kb cburst 32kb",
+                f"filter add dev eth0 parent 1: protocol ip prio 1 u32 match u16 {ports} at {port_at} flowid {flow}",
             ]
         hosts.run(host, "sh", "-c", "echo '" + "\n".join(lines) + "' | tc -batch -")
 
@@ -68,5 +69,5 @@ def test_several_streams_are_not_held_to_the_bandwidth_of_one_flow(hosts: Hosts)
         with hosts.spawn([0, 1], bus_bandwidths, nbytes, 2, float("inf"), env={"RINGFOLD_STREAMS": str(streams)}) as ranks:
             found[streams] = max(values_of(ranks.wait(60))[0])
     assert found[1] < 1.1 * flow
-    # Four flows in 128 classes: three of them share one with a probability of 4 / 128 ** 2. Two that do leave each stripe half the rate: twice in all.
+    # Of four flows in 128 classes three share one with a probability of 4 / 128 ** 2. Two that do have half the rate each: twice one flow's in all.
     assert found[4] > 1.3 * found[1], f"bus bandwidth in units of a flow's: {found[1] / flow:.2f}, {found[4] / flow:.2f}"

@@ -90,7 +90,7 @@ def test_measured_links_are_the_same_numbers_on_every_rank_and_tell_a_slow_netwo
     assert first[0] == first[1]
     near, far = first[0]
     assert (near.name, far.name) == ("shm", "tcp")
-    # 1448 of 1514 bytes are payload, so 100 Mbit/s are 84 ns a byte. A pause of ours before the exchange lets the shaper pass 128 of its 256 KiB at once.
+    # 1448 of 1514 bytes are payload, so 100 Mbit/s are 84 ns a byte. A pause before the exchange lets the shaper pass half of its 256 KiB at once.
     assert 40e-9 < far.beta_s_per_byte < 400e-9
     assert 0 < near.beta_s_per_byte < far.beta_s_per_byte
     assert far.alpha_s > 0

@@ -266,14 +266,15 @@ def test_taken_port_is_told_with_what_to_set(workers):
     assert "Set RINGFOLD_STORE=HOST:PORT to a free port" in report["message"]
 
 
-def test_ranks_that_were_told_different_things_all_say_so(workers):
+@pytest.mark.parametrize(("what", "usual", "other"), [("transport", "auto", "tcp"), ("streams", "4", "2")])
+def test_ranks_that_were_told_different_things_all_say_so(workers, what, usual, other):
     with StoreServer(SECRET.encode()) as server:
         workers.start(ringfold(0, 2, server.address))
-        workers.start(ringfold(1, 2, server.address, TRANSPORT="tcp"))
+        workers.start(ringfold(1, 2, server.address, **{what.upper(): other}))
         first, second = workers.reports()
     assert first["error"] == second["error"] == "ConfigError"
-    assert f"transport is auto on rank 0, but rank 1 ({socket.gethostname()}, pid " in first["message"]
-    assert "transport is tcp on rank 1, but rank 0 (" in second["message"]
+    assert f"{what} is {usual} on rank 0, but rank 1 ({socket.gethostname()}, pid " in first["message"]
+    assert f"{what} is {other} on rank 1, but rank 0 (" in second["message"]
 
 
 def test_ranks_that_count_differently_do_not_wait_for_who_does_not_exist(workers):
