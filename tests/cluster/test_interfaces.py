@@ -61,6 +61,23 @@ def test_the_network_by_which_the_store_is_reached_comes_first(hosts: Hosts) -> 
         assert second[0] == {0: [hosts.address(0, network)]}
 
 
+def test_ipv6_leads_to_a_store_there_and_then_to_the_ranks(hosts: Hosts) -> None:
+    for host in range(2):
+        hosts.run(host, "ip", "addr", "add", f"fd00:77::{10 + host}/64", "dev", "eth0", "nodad")
+    with hosts.spawn([0, 1], whom_it_reached, env={"MASTER_ADDR": "fd00:77::10"}) as ranks:
+        first, second = values_of(ranks.wait(30))
+    assert first[1] == ["fd00:77::10/64", f"{hosts.address(0)}/24"]
+    assert second[0] == {0: ["[fd00:77::10]"]}
+
+
+def test_hosts_without_ipv6_meet(hosts: Hosts) -> None:
+    for host in range(2):
+        hosts.run(host, "sh", "-c", "echo 1 > /proc/sys/net/ipv6/conf/all/disable_ipv6")
+    with hosts.spawn([0, 1], whom_it_reached) as ranks:
+        _, second = values_of(ranks.wait(30))
+    assert second[0] == {0: [hosts.address(0)]}
+
+
 @TWO_NETWORKS
 def test_an_address_that_does_not_answer_is_given_up_for_the_next(hosts: Hosts) -> None:
     # Rank 0 names both; who calls it is a neighbour on both, and the first to be tried is the one by which rank 0 met its store.
