@@ -27,6 +27,7 @@ from ringfold.collectives.cost import Topology
 from ringfold.collectives.environment import Job
 from ringfold.collectives.errors import ConfigError
 from ringfold.collectives.issue import Issuer
+from ringfold.collectives.measure import measure_links
 from ringfold.collectives.objects import Objects
 from ringfold.collectives.operand import rescale
 from ringfold.collectives.order import OrderCheck
@@ -53,7 +54,11 @@ def world(job: Job | None = None) -> Communicator:
     """
     session = Session.join(job if job is not None else Job.from_environment())
     try:
-        return Communicator(session, tuple(range(session.world_size)), "world")
+        communicator = Communicator(session, tuple(range(session.world_size)), "world")
+        if len(set(session.membership.host_of)) > 1:
+            session.links = measure_links(communicator)
+            communicator.set_topology()
+        return communicator
     except BaseException:
         session.close()
         raise
@@ -91,9 +96,14 @@ class Communicator(Issuer, Objects):
             core.add_socket(self._handle, self.members.index(member), 1, sock.detach())
         ring_nbytes = min(RING_NBYTES, RINGS_NBYTES // (2 * self.size)) // 64 * 64
         check(core.open(self._handle, ring_nbytes, self.timeout_s))
-        host_of = session.membership.host_of
-        places = range(self.size) if session.job.transport == "tcp" else (host_of.index(host_of[member]) for member in self.members)
-        self.topology = Topology(tuple(places), remote_reads=core.remote_reads(self._handle))
+        self.set_topology()
+
+    def set_topology(self) -> None:
+        """Choose algorithms from now on by what the session knows of hosts and links; every member does it between the same two operations."""
+        host_of, (near, far) = self.session.membership.host_of, self.session.links
+        places = range(self.size) if self.session.job.transport == "tcp" else (host_of.index(host_of[member]) for member in self.members)
+        self.topology = Topology(tuple(places), near, far, remote_reads=core.remote_reads(self._handle))
+        self._plans.clear()
 
     # -- one vector -------------------------------------------------------------------------------------------------------------------
 

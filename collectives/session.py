@@ -14,6 +14,7 @@ from pathlib import Path
 from ringfold.collectives import flight_recorder, rendezvous
 from ringfold.collectives._native import check, core, pool
 from ringfold.collectives.call_site import CallSites
+from ringfold.collectives.cost import SHM, TCP, Link
 from ringfold.collectives.environment import Job
 from ringfold.collectives.errors import CommunicationError
 from ringfold.collectives.page import Page, State
@@ -36,6 +37,7 @@ class Session:
         self.rank = membership.rank
         self.world_size = membership.world_size
         self.communicators_made: dict[tuple[str, tuple[int, ...]], int] = {}
+        self.links: tuple[Link, Link] = (SHM, TCP)  # inside a host and between hosts; of a job on several hosts as measured
         self.communicator_names: dict[int, str] = {}  # by the number that the core and the page know them by
         self._has_recorded = False
         self.near = [rank in membership.links and membership.links[rank].family == socket.AF_UNIX for rank in range(self.world_size)]
