@@ -32,6 +32,7 @@ MAY_IMPORT_TORCH = {
     "collectives/operand.py",
     "collectives/order.py",
     "collectives/transport.py",
+    *(f"collectives/process_group/{name}.py" for name in ("__init__", "bootstrap", "group", "sparse", "staging", "uncompiled", "work")),
 }
 CORE_IS_IMPORTED_BY = {"collectives/_native.py"}
 CALLS_THAT_IMPORT = {"importlib.import_module", "import_module", "__import__"}
