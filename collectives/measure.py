@@ -1,8 +1,9 @@
 """What the links of a job cost: alpha and beta of each class, measured between ranks that such a link joins, the same numbers on every rank.
 
 A job on several hosts has two classes of links: near ones, inside a host, and far ones, between hosts. One pair stands for each class, the
-first that there is: a network whose links differ is taken for what its first two hosts see. The two ranks use a communicator of their own, so what is measured
-is what collectives use, with all its streams: a barrier of two ranks is one step, and an all_gather sends as much as it receives.
+first that there is: a network whose links differ is taken for what its first two hosts see. The two ranks use a communicator of their own,
+so what is measured is what collectives use, with all its streams: a barrier of two ranks is one step, and an all_gather sends as much as it
+receives.
 """
 
 from __future__ import annotations
