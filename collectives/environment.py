@@ -41,7 +41,7 @@ CHECK_ORDER = "RINGFOLD_CHECK_ORDER"  # "1": compare what ranks are about to do 
 FLIGHT_DIR = "RINGFOLD_FLIGHT_DIR"  # where the flight recorder writes
 
 Source = Literal["ringfold", "torchrun", "openmpi", "hydra", "slurm", "single"]
-Transport = Literal["auto", "shm", "tcp"]
+Transport = Literal["auto", "shm", "tcp", "mpi"]
 
 DEFAULT_TIMEOUT_S = 300.0
 DEFAULT_STREAMS = 4
@@ -75,7 +75,7 @@ class Job:
     """This process's place in a job, as its launcher described it.
 
     `store` is the address of the launcher's store when `source` is "ringfold"; otherwise it is where rank 0 is to serve one.
-    Without it all workers are on one host and rank 0 hands out an address and a fresh secret (`handoff.py`).
+    Without it rank 0 hands out an address and a fresh secret: on its host (`handoff.py`), or if there are others over MPI (`mpi_handoff.py`).
     """
 
     rank: int = 0
@@ -108,7 +108,9 @@ class Job:
             variables.problems.append(f"{SECRET} has {len(secret.encode())} bytes, expected at least {MIN_SECRET_NBYTES} random ones")
         if variables.text(STORE) and secret is None:
             variables.problems.append(f"{STORE} is set but {SECRET} is not: a store only admits who holds the job's secret")
-        if place.world_size > 1 and place.local_size < place.world_size and (secret is None or store is None):
+        transport = variables.choice(TRANSPORT, get_args(Transport), "auto")
+        has_mpi = transport == "mpi" or source in ("openmpi", "hydra")
+        if place.local_size < place.world_size and (secret is None or store is None) and not has_mpi:
             variables.problems.append(
                 f"{place.local_size} of {place.world_size} workers are on this host: for the others set {SECRET} "
                 f"(the same random text everywhere) and {STORE}=HOST:PORT (a free port on rank 0's host)"
@@ -117,7 +119,6 @@ class Job:
         if not 0 < timeout_s < float("inf"):
             variables.problems.append(f"{TIMEOUT_S} is {timeout_s:g}, expected a number of seconds above 0")
         page_fd = variables.integer(PAGE_FD, -1)
-        transport = variables.choice(TRANSPORT, get_args(Transport), "auto")
         streams = variables.integer(STREAMS, DEFAULT_STREAMS)
         if not 1 <= streams <= MAX_STREAMS:
             variables.problems.append(f"{STREAMS} is {variables.text(STREAMS)}, expected 1 to {MAX_STREAMS}")

@@ -21,6 +21,7 @@ from ringfold.collectives.cost import Topology
 from ringfold.collectives.errors import CollectiveMismatch, CollectiveTimeout, CommunicationError, ConfigError, PeerLost
 from ringfold.collectives.operand import DTYPES, prepare, reduction_code, require_arithmetic
 from ringfold.collectives.session import Session
+from ringfold.collectives.transport import Request, Transport
 from ringfold.collectives.work import Work, Works
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class Issuer:
         self.transport = "shm" if all(session.near[m] for m in members if m != session.rank) else "tcp"
         self.topology = Topology.on_one_host(self.size)
         self._handle: object | None = None
+        self._carrier: Transport | None = None  # who moves the bytes instead of the core
         self._closed = False
         self._plans: dict[tuple[object, ...], Plan] = {}
         self._programs: dict[tuple[object, ...], int] = {}
@@ -142,6 +144,8 @@ class Issuer:
             return _alone(input, output, async_op)
         if self._order is not None:
             self._order.meet(_describe(op, dtype, reduction, count, root, counts, output_counts))
+        if self._carrier is not None:
+            return self._carry(_request(op, reduction, dtype, count, input, output, counts, output_counts, root, algorithm), async_op)
         program, operation, dtype_code, code, offsets = plan
         if counts is not None:
             offsets = _offsets(counts)
@@ -183,6 +187,8 @@ class Issuer:
         if op in FOLDING:
             require_arithmetic(dtype, reduction, self._where(op))
         self._require_open(op)
+        if self._carrier is not None:
+            return 0, OPERATIONS[op], DTYPES[dtype], code, None  # it chooses for itself
         nbytes = count * dtype.itemsize
         choice = self._choose(op, -1 if is_uneven and op == "all_to_all" else nbytes, algorithm)
         key = (op, root, choice.algorithm, choice.variant, choice.segments, choice.fallback)
@@ -274,6 +280,10 @@ class Issuer:
         self._require_open(op)
         operand = prepare(tensor, self._where(op), None, reads=op == "send", writes=op == "recv")
         flat = operand.flat
+        if self._carrier is not None:
+            sent, received = (flat.view(-1), None) if op == "send" else (None, flat.view(-1))
+            request = Request(op, "sum", flat.dtype, flat.numel(), sent, received, peer=-1 if peer is None else peer, tag=tag)
+            return self._carry(request, async_op, None if operand.original is None else operand.give_back)
         handle = core.message(
             self._handle,
             op == "send",
@@ -286,6 +296,18 @@ class Issuer:
             self.session.sites.row(2),
         )
         work = self._keep(Work(handle, (flat,), self._fail, None if operand.original is None else operand.give_back))
+        if async_op:
+            return work
+        work.wait()
+        return None
+
+    def _carry(self, request: Request, async_op: bool, finish: Callable[[], None] | None = None) -> Work | None:
+        """Issue an operation of which the carrier moves the bytes."""
+        assert self._carrier is not None
+        work = self._carrier.begin(request, self.timeout_s, awaited=not async_op)
+        if finish is not None:
+            work = Works([work], finish)
+        self._keep(work)
         if async_op:
             return work
         work.wait()
@@ -322,6 +344,34 @@ def _describe(
     if root >= 0:
         words.append(f", root {root}")
     return "".join(words) + ")"
+
+
+def _request(
+    op: str,
+    reduction: str,
+    dtype: torch.dtype,
+    count: int,
+    input: torch.Tensor | None,
+    output: torch.Tensor | None,
+    counts: Sequence[int] | None,
+    output_counts: Sequence[int] | None,
+    root: int,
+    algorithm: str | None,
+) -> Request:
+    """Return what a carrier is asked; `counts` are those of the one tensor that has a piece for each rank, or of all_to_all's input."""
+    pieces = None if counts is None else tuple(counts)
+    return Request(
+        op,
+        reduction,
+        dtype,
+        count,
+        None if input is None else input.detach().view(-1),
+        None if output is None else output.detach().view(-1),
+        pieces if op in ("reduce_scatter", "scatter", "all_to_all") else None,
+        pieces if op in ("all_gather", "gather") else None if output_counts is None else tuple(output_counts),
+        root,
+        algorithm=algorithm,
+    )
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:

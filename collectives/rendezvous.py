@@ -1,7 +1,7 @@
 """From a `Job` (what a launcher said) to a `Membership`: who is in this generation, where, and an authenticated link to each.
 
-    1. meet      reach the store: the launcher's; or rank 0's own, at an address that all were given (several hosts) or that
-                 rank 0 hands out on its host (`handoff.py`)
+    1. meet      reach the store: the launcher's; or rank 0's own, at an address that all were given (several hosts), that rank 0
+                 hands out on its host (`handoff.py`), or that it broadcasts over MPI (several hosts, `mpi_handoff.py`)
     2. publish   every rank sets one record under its number and reads everybody else's
     3. link      every pair connects: over a unix socket on one host, else over TCP, by the first of the other's addresses that answers
 
@@ -30,6 +30,7 @@ from ringfold.collectives.environment import STORE, TIMEOUT_S, Job, claim_key, m
 from ringfold.collectives.errors import AuthenticationError, ConfigError, ConnectError
 from ringfold.collectives.handoff import FIRST_PAUSE_S, LONGEST_PAUSE_S, Handoff, receive_handoff
 from ringfold.collectives.membership import Member, Membership, connect_all, routes_to
+from ringfold.collectives.mpi_handoff import meet_over_mpi
 from ringfold.collectives.store import Store, StoreServer
 
 __all__ = ["Membership", "host_identity", "join"]
@@ -121,6 +122,8 @@ def _meet(job: Job, generation: str, deadline: float, undo: ExitStack) -> _Meeti
         store = undo.enter_context(_reach(job, job.store, job.secret, deadline))
         store.set(open_key(generation), b"")
         return _Meeting(store, job.secret, server)
+    if job.local_size < job.world_size:
+        return _Meeting(*meet_over_mpi(job, deadline, undo))
     if job.rank > 0:
         told = receive_handoff(generation, deadline)
         if told is None:

@@ -52,8 +52,5 @@ class Transport(Protocol):
         Raises: ConfigError if the transport cannot do it; nothing was sent.
         """
 
-    def subgroup(self, ranks: tuple[int, ...], name: str) -> Transport:
-        """Return the transport of a communicator of these ranks of this one; collective over exactly these."""
-
     def close(self) -> None:
-        """End everything in flight and free what the transport holds; may be called again."""
+        """Free what the transport holds, before the communicator is dropped, which fails what is still in flight; may be called again."""

@@ -193,14 +193,16 @@ std::string Communicator::Describe(const Operation& operation) const {
   if (IsReduction(operation.request().op))
     text += std::string(NameOf(operation.request().reduction)) + ", ";
   if (f.algorithm != 0) text += std::string(AlgorithmName(f.algorithm)) + " ";
-  return text + "over " + (far ? "tcp" : "shm") + ", axis " + name_ + ")";
+  const std::string& carrier = operation.carrier();
+  return text + "over " + (!carrier.empty() ? carrier : far ? "tcp" : "shm") + ", axis " + name_ + ")";
 }
 
 std::string Communicator::Standing(const Operation& operation, int known) const {
   std::string text = "rank " + std::to_string(context_->rank()) + " was at step " + std::to_string(operation.steps_done()) + " of " +
                      std::to_string(operation.steps());
-  const int peer = operation.WaitingFor();
-  if (peer < 0) return text + (operation.request().op == OpCode::kRecv ? ", waiting for anybody" : ", behind an earlier operation");
+  const int peer = Awaited(operation);
+  if (peer < 0 && operation.request().op == OpCode::kRecv) return text + ", waiting for anybody";
+  if (peer < 0) return text + (operation.carrier().empty() ? ", behind an earlier operation" : ", inside " + operation.carrier());
   if (WorldRank(peer) == known) return text + ", waiting for it";
   int end;
   return text + ", waiting for " + context_->roster().Chain(WorldRank(peer), operation.issued_ns(), &end);
@@ -244,13 +246,22 @@ void Communicator::Broken(const Operation& operation) {
   context_->Abort(*this, error);
 }
 
+void Communicator::FailOne(Operation* operation, const Error& error) {
+  Error own = error;
+  if (error.code == ErrorCode::kPeerLost) own.text = Describe(*operation) + ": " + error.text + "\n  " + Standing(*operation, error.peer);
+  operation->Fail(std::move(own));
+}
+
 void Communicator::Fail(const Error& error) {
   if (!error_.ok()) return;
   error_ = error;
+  for (const auto& operation : carried_) {
+    FailOne(operation.get(), error);
+    context_->recorder().Close(*operation);
+  }
+  carried_.clear();
   const auto end = [&](Operation* operation) {
-    Error own = error;
-    if (error.code == ErrorCode::kPeerLost) own.text = Describe(*operation) + ": " + error.text + "\n  " + Standing(*operation, error.peer);
-    operation->Fail(std::move(own));
+    FailOne(operation, error);
     Close(operation);
   };
   while (!inbox_.empty()) end(inbox_.Remove().get());
@@ -283,6 +294,11 @@ bool Communicator::CheckOne(const Operation& operation, uint64_t now, OperationQ
     return false;
   }
   if (now < operation.deadline_ns()) return true;
+  GiveUp(operation, peer);
+  return false;
+}
+
+void Communicator::GiveUp(const Operation& operation, int peer) {
   std::string text = Describe(operation) + SiteOf(operation) + " gave up after " + Seconds(operation.request().timeout_ns) + "\n  " +
                      Standing(operation, -1) +
                      "\n  If that rank is slow, raise timeout_s (--timeout); if it has ended the loop early or issues other collectives, "
@@ -290,11 +306,10 @@ bool Communicator::CheckOne(const Operation& operation, uint64_t now, OperationQ
   int culprit = -1;
   if (peer >= 0) context_->roster().Chain(WorldRank(peer), operation.issued_ns(), &culprit);
   context_->Abort(*this, {ErrorCode::kTimeout, culprit, text});
-  return false;
 }
 
 void Communicator::Check(uint64_t now) {
-  if (in_flight_ == 0) return;
+  if (!CheckCarried(now) || in_flight_ == 0) return;
   if (!collectives_.waiting.empty() && !CheckOne(*collectives_.waiting.front(), now, &collectives_)) return;
   if (messages_in_flight_ == 0) return;
   for (auto& queue : sends_)

@@ -51,6 +51,9 @@ class Communicator : public Peers {
 
   // Queues an operation.
   std::shared_ptr<Operation> Issue(Request request);
+  // Begins an operation that another library carries out under the same record, deadline and errors. It is in no queue: several run at once.
+  std::shared_ptr<Operation> Enter(Request request, const std::string& carrier, uint8_t algorithm);
+  void Leave(Operation* operation);
   bool Progress();
   bool busy() const { return in_flight_ > 0; }
 
@@ -97,6 +100,13 @@ class Communicator : public Peers {
   // False: it has failed, and with it everything else.
   bool CheckOne(const Operation& operation, uint64_t now, OperationQueue* queue);
   bool HasLeft(int peer) const;
+  void FailOne(Operation* operation, const Error& error);
+  // Tells every member that an operation is past its deadline; `peer` (rank in the communicator) is whom it waits for, or -1.
+  void GiveUp(const Operation& operation, int peer);
+  // Of carried operations. False: the communicator has failed.
+  bool CheckCarried(uint64_t now);
+  // The peer whose action an operation waits for; of a carried one that does not know, the first that has not begun it; or -1.
+  int Awaited(const Operation& operation) const;
   void Broken(const Operation& operation);
   // How far it is and whom it waits for; `known`: a world rank that the message has described already.
   std::string Standing(const Operation& operation, int known) const;
@@ -121,6 +131,9 @@ class Communicator : public Peers {
   std::vector<OperationQueue> sends_;  // by peer
   Inbox inbox_;
   std::shared_ptr<Operation> spare_;  // the last collective, to be used again
+  std::vector<std::shared_ptr<Operation>> carried_;
+  std::map<std::pair<std::string, uint8_t>, const Program*> carried_programs_;
+  uint32_t next_carried_[2] = {0, 0};  // of collectives, which all ranks number alike, and of messages
   size_t in_flight_ = 0;
   size_t messages_in_flight_ = 0;
   Error error_;

@@ -351,6 +351,27 @@ size_t Context::HeldNBytes(const Communicator* communicator) {
   return communicator->held_nbytes();
 }
 
+std::shared_ptr<Operation> Context::Enter(Communicator* communicator, Request request, const std::string& carrier, uint8_t algorithm) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  return communicator->Enter(std::move(request), carrier, algorithm);
+}
+
+void Context::Stand(Operation* operation, int peer, size_t steps_done, size_t steps) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  if (!operation->finished()) operation->Stand(peer, steps_done, steps);
+}
+
+void Context::Leave(Communicator* communicator, Operation* operation) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  communicator->Leave(operation);
+}
+
+void Context::Abandon(Communicator* communicator, const Operation& operation, ErrorCode code, const std::string& why) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  PumpLinks();  // a death that broke it comes first
+  if (!operation.finished()) Abort(*communicator, {code, -1, communicator->Describe(operation) + ": " + why});
+}
+
 char* Context::MapRegion(int world_rank, uint64_t region, uint64_t offset) {
   char* mapped = roster_.MapRegion(world_rank, region, offset);
   if (mapped != nullptr) return mapped;

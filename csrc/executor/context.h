@@ -52,6 +52,12 @@ class Context {
   void Cancel(Communicator* communicator, const std::string& why);
   size_t HeldNBytes(const Communicator* communicator);
 
+  // Operations that another library carries out: see Communicator::Enter.
+  std::shared_ptr<Operation> Enter(Communicator* communicator, Request request, const std::string& carrier, uint8_t algorithm);
+  void Stand(Operation* operation, int peer, size_t steps_done, size_t steps);
+  void Leave(Communicator* communicator, Operation* operation);
+  void Abandon(Communicator* communicator, const Operation& operation, ErrorCode code, const std::string& why);
+
   // Ends everything, with a farewell to the peers unless this rank has failed. Afterwards only the destructor may be called.
   void Close(bool farewell = true);
   // In a forked child: gives up the descriptors so that peers can see the parent's death, touching no lock and no thread.

@@ -290,12 +290,24 @@ bool Operation::Advance(Peers* peers) {
   return moved;
 }
 
+void Operation::Stand(int peer, size_t steps_done, size_t steps) {
+  carried_peer_ = peer;
+  carried_steps_ = steps;
+  remaining_ = steps - std::min(steps_done, steps);
+}
+
+void Operation::Complete() {
+  remaining_ = 0;
+  finished_.store(true, std::memory_order_release);
+}
+
 void Operation::Fail(Error error) {
   error_ = std::move(error);
   finished_.store(true, std::memory_order_release);
 }
 
 int Operation::WaitingFor() const {
+  if (!carrier().empty()) return carried_peer_;
   if (request_.op == OpCode::kRecv) return request_.peer;
   for (const Queue::Role role : {Queue::Role::kReceive, Queue::Role::kSend}) {
     for (size_t q = 0; q < program_->queues.size(); ++q) {

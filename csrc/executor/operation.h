@@ -66,6 +66,11 @@ class Operation {
   void Deliver(int sender, const FrameHeader& header, const char* payload);
   bool bound() const { return bound_; }
 
+  // Of work that another library carries: how far it is, whom it has been waiting for, and that it is complete.
+  void Stand(int peer, size_t steps_done, size_t steps);
+  void Complete();
+  const std::string& carrier() const { return program_->carrier; }
+
   // Ends the operation with an error.
   void Fail(Error error);
 
@@ -76,8 +81,8 @@ class Operation {
   uint64_t deadline_ns() const { return deadline_ns_; }
   uint64_t issued_ns() const { return issued_ns_; }
   size_t nbytes() const { return request_.count * element_; }
-  size_t steps() const { return program_->steps.size(); }
-  size_t steps_done() const { return program_->steps.size() - remaining_; }
+  size_t steps() const { return carried_steps_ > 0 ? carried_steps_ : program_->steps.size(); }
+  size_t steps_done() const { return steps() - remaining_; }
 
   // The peer (rank in the communicator) whose action the first blocked step waits for, or -1.
   int WaitingFor() const;
@@ -146,6 +151,9 @@ class Operation {
   bool unregistered_ = false;    // some rank's vector is not in registered memory
 
   bool bound_ = false;
+  int carried_peer_ = -1;
+  size_t carried_steps_ = 0;
+
   int broken_peer_ = -1;
   bool mismatched_ = false;
   bool unshared_ = false;

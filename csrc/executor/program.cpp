@@ -142,6 +142,14 @@ std::unique_ptr<Program> Program::Message(Kind kind, int peer) {
   return program;
 }
 
+std::unique_ptr<Program> Program::Carried(std::string carrier, uint8_t algorithm) {
+  auto program = std::make_unique<Program>();
+  program->carrier = std::move(carrier);
+  program->algorithm = algorithm;
+  program->steps.push_back({Kind::kFence, false, false, -1, {}, {}, {}});
+  return program;
+}
+
 void Program::BuildQueues() {
   std::map<std::pair<int, int>, size_t> known;
   for (uint32_t i = 0; i < steps.size(); ++i) {

@@ -61,12 +61,16 @@ struct Program {
   std::vector<Step> steps;
   std::vector<Queue> queues;
   std::unique_ptr<Program> fallback;
+  std::string carrier;  // the library that moves the bytes, "mpi", if not the core: there are no queues then
 
   // Reads the bytes of Schedule.compile(). Returns null and says why if they are malformed or name a peer outside [0, size).
   static std::unique_ptr<Program> Parse(const char* bytes, size_t nbytes, int size, std::string* why);
 
   // One message: the whole vector to or from `peer`.
   static std::unique_ptr<Program> Message(Kind kind, int peer);
+
+  // Work of another library: one step, in no queue, that its driver completes.
+  static std::unique_ptr<Program> Carried(std::string carrier, uint8_t algorithm);
 
  private:
   void BuildQueues();

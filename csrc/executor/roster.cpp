@@ -160,6 +160,17 @@ std::string Roster::LastOperation(int world_rank, uint64_t since_ns) const {
   return at(world_rank).page_or_null() != nullptr ? ", which has issued no operation yet" : "";
 }
 
+bool Roster::HasIssued(int world_rank, uint32_t communicator, uint8_t operation, uint32_t sequence) const {
+  Page* page = at(world_rank).page_or_null();
+  if (page == nullptr) return true;
+  const uint64_t next = page->next_operation.load(std::memory_order_acquire);
+  for (uint64_t index = next; index > 0 && next - index < kRecords;) {
+    const OperationRecord& record = page->Record(--index);
+    if (record.communicator == communicator && record.operation == operation && record.sequence == sequence) return true;
+  }
+  return next > kRecords;
+}
+
 std::string Roster::Chain(int world_rank, uint64_t since_ns, int* end) const {
   std::string text = at(world_rank).label;
   *end = world_rank;

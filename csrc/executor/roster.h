@@ -78,6 +78,8 @@ class Roster {
 
   // ", whose last operation was all_gather #411 (done)". Far ranks tell only what they wait for; what they told before `since_ns` does not count.
   std::string LastOperation(int world_rank, uint64_t since_ns) const;
+  // Whether a rank of this host, of which all records can be read, has begun an operation of a communicator; true of far ranks, which cannot be asked.
+  bool HasIssued(int world_rank, uint32_t communicator, uint8_t operation, uint32_t sequence) const;
   // Follows who waits for whom, from `world_rank` on, to a rank that waits for nobody: "rank 1 (...), which waits for rank 2 (...), whose last ...".
   std::string Chain(int world_rank, uint64_t since_ns, int* end) const;
 

@@ -76,6 +76,9 @@ const std::shared_ptr<CommunicatorHandle>* OpenCommunicator(PyObject* capsule) {
   return handle;
 }
 
+// Whether the communicator of an operation that another library carries out is gone, and the operation has failed with it.
+bool OwnerIsClosed(const WorkHandle& work) { return work.owner->closed || work.owner->owner->closed || getpid() != work.owner->owner->owner; }
+
 // None for success, else (code, world rank at fault or -1, text).
 PyObject* Outcome(const Error& error) {
   if (error.ok()) Py_RETURN_NONE;
@@ -376,6 +379,91 @@ PyObject* PeerPages(PyObject*, PyObject* capsule) {
   return pages;
 }
 
+// --- operations that another library carries out --------------------------------------------------------------------------------------
+
+// enter(communicator, carrier, algorithm, op, dtype, reduction, root or tag, peer or -1, count, timeout seconds, site) -> work
+PyObject* Enter(PyObject*, PyObject* args) {
+  PyObject* capsule;
+  const char* carrier;
+  unsigned char algorithm, op, dtype, reduction;
+  int root, peer;
+  unsigned long long count;
+  double timeout_s;
+  unsigned short site;
+  if (!PyArg_ParseTuple(args, "OsbbbbiiKdH", &capsule, &carrier, &algorithm, &op, &dtype, &reduction, &root, &peer, &count, &timeout_s, &site))
+    return nullptr;
+  const auto* handle = OpenCommunicator(capsule);
+  if (handle == nullptr) return nullptr;
+  if (op >= kOpCount || algorithm >= kAlgorithmCount || !ValidDType(dtype) || !ValidReduction(reduction)) {
+    PyErr_SetString(PyExc_ValueError, "malformed request");
+    return nullptr;
+  }
+  Request request;
+  request.op = static_cast<OpCode>(op);
+  request.dtype = static_cast<DType>(dtype);
+  request.reduction = static_cast<Reduction>(reduction);
+  request.root = root;
+  request.peer = peer;
+  request.count = count;
+  request.timeout_ns = static_cast<uint64_t>(timeout_s * 1e9);
+  request.site = site;
+  std::shared_ptr<Operation> operation;
+  Py_BEGIN_ALLOW_THREADS;
+  operation = (*handle)->owner->context->Enter((*handle)->communicator, std::move(request), carrier, algorithm);
+  Py_END_ALLOW_THREADS;
+  return MakeCapsule(std::make_shared<WorkHandle>(WorkHandle{*handle, std::move(operation)}), kWorkName);
+}
+
+// stand(work, rank that it has been waiting for or -1, steps done, steps)
+PyObject* Stand(PyObject*, PyObject* args) {
+  PyObject* capsule;
+  int peer;
+  unsigned long long steps_done, steps;
+  if (!PyArg_ParseTuple(args, "OiKK", &capsule, &peer, &steps_done, &steps)) return nullptr;
+  const auto* work = FromCapsule<WorkHandle>(capsule, kWorkName);
+  if (work == nullptr || OwnerIsClosed(**work)) return work == nullptr ? nullptr : Py_NewRef(Py_None);
+  Py_BEGIN_ALLOW_THREADS;
+  (*work)->owner->owner->context->Stand((*work)->operation.get(), peer, steps_done, steps);
+  Py_END_ALLOW_THREADS;
+  Py_RETURN_NONE;
+}
+
+// leave(work): it is complete
+PyObject* Leave(PyObject*, PyObject* capsule) {
+  const auto* work = FromCapsule<WorkHandle>(capsule, kWorkName);
+  if (work == nullptr || OwnerIsClosed(**work)) return work == nullptr ? nullptr : Py_NewRef(Py_None);
+  Py_BEGIN_ALLOW_THREADS;
+  (*work)->owner->owner->context->Leave((*work)->owner->communicator, (*work)->operation.get());
+  Py_END_ALLOW_THREADS;
+  Py_RETURN_NONE;
+}
+
+// abandon(work, error code, text): it cannot be completed; the communicator fails on every member
+PyObject* Abandon(PyObject*, PyObject* args) {
+  PyObject* capsule;
+  int code;
+  const char* why;
+  if (!PyArg_ParseTuple(args, "Ois", &capsule, &code, &why)) return nullptr;
+  const auto* work = FromCapsule<WorkHandle>(capsule, kWorkName);
+  if (work == nullptr || OwnerIsClosed(**work)) return work == nullptr ? nullptr : Py_NewRef(Py_None);
+  Py_BEGIN_ALLOW_THREADS;
+  (*work)->owner->owner->context->Abandon((*work)->owner->communicator, *(*work)->operation, static_cast<ErrorCode>(code), why);
+  Py_END_ALLOW_THREADS;
+  Py_RETURN_NONE;
+}
+
+// waited(work, seconds): somebody was blocked so long
+PyObject* Waited(PyObject*, PyObject* args) {
+  PyObject* capsule;
+  double seconds;
+  if (!PyArg_ParseTuple(args, "Od", &capsule, &seconds)) return nullptr;
+  const auto* work = FromCapsule<WorkHandle>(capsule, kWorkName);
+  if (work == nullptr) return nullptr;
+  (*work)->owner->waited_ns += static_cast<uint64_t>(seconds * 1e9);
+  (*work)->owner->owner->waited_ns += static_cast<uint64_t>(seconds * 1e9);
+  Py_RETURN_NONE;
+}
+
 PyObject* WaitWork(PyObject*, PyObject* capsule) {
   const auto* work = FromCapsule<WorkHandle>(capsule, kWorkName);
   if (work == nullptr || !Finish((*work)->owner.get(), *(*work)->operation)) return nullptr;
@@ -423,6 +511,11 @@ PyMethodDef kMethods[] = {
     {"remote_reads", RemoteReads, METH_O, nullptr},
     {"held_nbytes", HeldNBytes, METH_O, nullptr},
     {"peer_pages", PeerPages, METH_O, nullptr},
+    {"enter", Enter, METH_VARARGS, nullptr},
+    {"stand", Stand, METH_VARARGS, nullptr},
+    {"leave", Leave, METH_O, nullptr},
+    {"abandon", Abandon, METH_VARARGS, nullptr},
+    {"waited", Waited, METH_VARARGS, nullptr},
     {"wait", WaitWork, METH_O, nullptr},
     {"done", WorkDone, METH_O, nullptr},
     {"waited_seconds", WaitedSeconds, METH_O, nullptr},

@@ -33,6 +33,10 @@ MAY_IMPORT_TORCH = {
     "collectives/order.py",
     "collectives/transport.py",
     *(f"collectives/process_group/{name}.py" for name in ("__init__", "bootstrap", "group", "sparse", "staging", "uncompiled", "work")),
+    "collectives/fold.py",
+    "collectives/interpreter.py",
+    "collectives/mpi.py",
+    "collectives/mpi_requests.py",
 }
 CORE_IS_IMPORTED_BY = {"collectives/_native.py"}
 CALLS_THAT_IMPORT = {"importlib.import_module", "import_module", "__import__"}
