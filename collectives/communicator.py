@@ -78,7 +78,7 @@ class Communicator(Issuer, Objects):
             if session.job.transport == "mpi":
                 from ringfold.collectives.mpi import MpiTransport  # only who uses it has it
 
-                self._carrier = MpiTransport(session, self._handle, members, self.rank, name, self.topology, self._fail)
+                self._carrier = MpiTransport(session, self._handle, members, self.rank, name, lambda: self.topology, self._fail)
                 self.transport = self._carrier.name
             if session.job.checks_order:
                 self._order = OrderCheck(self)
@@ -348,6 +348,7 @@ class Communicator(Issuer, Objects):
         self._closed = True
         if self._carrier is not None:
             self._carrier.close()
+            self._carrier = None  # it refers to us, and should not live until the garbage collector comes
         if self._handle is not None:
             core.drop(self._handle)
         self._in_flight.clear()

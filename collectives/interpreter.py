@@ -153,12 +153,12 @@ class Execution:
         if step.kind is not Kind.RECV or step.dst is None:
             return True
         # Messages of one queue land in any order. What is folded, is so in the queue's order; what lands in its place must wait for that.
-        cell = step.dst.cell
+        cell = self._schedule.cell(step.dst)
         return not any(cell in self._cells(posted.index) for posted in state.posted)
 
     def _cells(self, index: int) -> list[Cell]:
         step = self._schedule.steps[index]
-        return [block.cell for block in (step.src, step.dst) if block is not None]
+        return [self._schedule.cell(block) for block in (step.src, step.dst) if block is not None]
 
     def _post(self, index: int) -> _Posted:
         step = self._schedule.steps[index]

@@ -4,14 +4,16 @@ Every operation is entered into the C++ core first, as one that is carried elsew
 fails with the communicator when a rank dies, with the same messages as over shm and tcp. What has failed is not waited for; its memory is kept.
 
 MPI's own collectives are the default. A schedule is run where theirs would not keep our promises: half precision (MPI has none, and ours adds in
-f32), min and max of floats (theirs lose a NaN), and pieces that lie beyond an MPI count. Ranks that issue different operations meet no
-partner and time out, unless the sizes tell MPI first; there is no fingerprint in an MPI message.
+f32), min and max of floats (theirs lose a NaN), arithmetic of short integers (Open MPI's saturates where it uses AVX), and pieces that lie
+beyond an MPI count. Ranks that issue different operations meet no partner and time out, unless the sizes tell MPI first: there is no
+fingerprint in an MPI message.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -38,9 +40,9 @@ STANDS_AGAIN_S = 0.1
 # The core's error codes, see csrc/common/error.h.
 MISMATCH, CLOSED, SYSTEM = 3, 4, 5
 
-# Schedules over MPI are chosen as over TCP, which has no registered memory either.
-LINK = "tcp"
+MESSAGES = ("send", "recv")
 REDUCING = ("all_reduce", "reduce_scatter", "reduce")
+SHORT = (torch.int8, torch.int16, torch.uint8)
 IN_PIECES = ("reduce_scatter", "all_gather", "gather", "scatter", "all_to_all")
 
 
@@ -53,8 +55,19 @@ class MpiTransport:
 
     name = "mpi"
 
-    def __init__(self, session: Session, communicator: object, members: tuple[int, ...], rank: int, name: str) -> None:
+    def __init__(
+        self,
+        session: Session,
+        communicator: object,
+        members: tuple[int, ...],
+        rank: int,
+        name: str,
+        topology: Callable[[], Topology],
+        fail: Callable[[Outcome], None],
+    ) -> None:
         """Make the MPI communicators of these world ranks; collective over exactly these, who have all opened the core's `communicator`.
+
+        topology: tells what is known of hosts and links when an operation begins. fail: raises what the outcome of an operation stands for.
 
         Raises:
             ConfigError: MPI cannot be used here, or its ranks are not the job's.
@@ -64,6 +77,8 @@ class MpiTransport:
         self._communicator = communicator
         self._rank = rank
         self._size = len(members)
+        self._topology = topology
+        self._fail = fail
         self._timeout_s = session.job.timeout_s
         self._spin_s = SPIN_S if session.has_core_each else 0.0
         self._process = mpi()
@@ -108,8 +123,8 @@ class MpiTransport:
 
     # -- the seam ---------------------------------------------------------------------------------------------------------------------
 
-    def begin(self, request: Request, timeout_s: float) -> Work:
-        """Start an operation and return its Work; the Work keeps the tensors alive.
+    def begin(self, request: Request, timeout_s: float, awaited: bool = False) -> Work:
+        """Start an operation and return its Work, which keeps the tensors alive; `awaited`: the caller waits for it at once.
 
         Raises: ConfigError if the transport cannot do it; nothing was sent.
         """
@@ -117,8 +132,8 @@ class MpiTransport:
         operation = _Operation(self._process, self._enter(request, algorithm, timeout_s), request, start)
         self._in_flight = [other for other in self._in_flight if not other.finished]
         self._in_flight.append(operation)
-        self._process.drive(operation)
-        return _MpiWork(operation, self)
+        self._process.drive(operation, awaited)
+        return _MpiWork(operation, self, self._fail)
 
     def close(self) -> None:
         """End everything in flight and free what the transport holds; may be called again."""
@@ -158,7 +173,7 @@ class MpiTransport:
     def _choose(self, request: Request) -> tuple[str, Callable[[], _Running]]:
         """Return the name of what carries out the request, and what starts it."""
         MPI, comm = self._mpi, self._comm
-        if request.op in ("send", "recv"):
+        if request.op in MESSAGES:
             greatest = MPI.COMM_WORLD.Get_attr(MPI.TAG_UB)
             if not 0 <= request.tag <= greatest:
                 raise ConfigError(f"{request.op}: tag {request.tag} is not between 0 and {greatest}, the greatest that this MPI has")
@@ -177,6 +192,8 @@ class MpiTransport:
             why = f"MPI cannot add {request.dtype}"
         elif request.op in REDUCING and request.dtype.is_floating_point and request.reduction in ("min", "max"):
             why = f"MPI's own {request.reduction} may lose a NaN"
+        elif request.op in REDUCING and request.dtype in SHORT and request.reduction in ("sum", "avg", "prod"):
+            why = f"MPI's own {request.reduction} of {request.dtype} may saturate instead of wrap"
         elif request.op in IN_PIECES and request.count > LIMIT:
             why = f"{request.count} elements are more than the {LIMIT} that its counts hold"
         if request.algorithm == "native" and why is not None:
@@ -184,12 +201,16 @@ class MpiTransport:
         return why is None and request.algorithm in (None, "native")
 
     def _plan(self, request: Request) -> Plan:
-        nbytes = request.count * request.dtype.itemsize
-        choice = select.choose(request.op, self._size, nbytes, LINK, request.algorithm)
+        is_uneven = request.op == "all_to_all" and request.input_counts is not None
+        topology = self._topology()
+        if not topology.is_hierarchical:  # ranks that share one host are like ranks on a host each: there is no registered memory
+            topology = replace(topology, hosts=tuple(range(self._size)))
+        choice = select.choose(request.op, -1 if is_uneven else request.count * request.dtype.itemsize, topology, request.algorithm)
         key = (request.op, request.root, choice.algorithm, choice.variant, choice.segments)
         plan = self._plans.get(key)
         if plan is None:
-            schedule = build(request.op, choice.algorithm, choice.variant, self._rank, self._size, choice.segments, request.root)
+            name, hosts = (request.op, choice.algorithm, choice.variant), topology.hosts
+            schedule = build(*name, self._rank, self._size, choice.segments, request.root, hosts=hosts)
             plan = self._plans[key] = Plan(schedule)
         return plan
 
@@ -206,9 +227,11 @@ class MpiTransport:
             OPERATIONS[request.op],
             DTYPES[str(request.dtype).removeprefix("torch.")],
             REDUCTIONS[request.reduction],
-            request.root,
+            request.tag if request.op in MESSAGES else request.root,
+            request.peer,
             request.count,
             timeout_s,
+            self._session.sites.row(0),
         )
 
 
@@ -281,8 +304,8 @@ class _MpiWork(Work):
 
     __slots__ = ("_operation", "_transport")
 
-    def __init__(self, operation: _Operation, transport: MpiTransport) -> None:
-        super().__init__(operation.handle, (operation.request,))
+    def __init__(self, operation: _Operation, transport: MpiTransport, fail: Callable[[Outcome], None]) -> None:
+        super().__init__(operation.handle, (operation.request,), fail)
         self._operation = operation
         self._transport = transport
 
@@ -300,6 +323,6 @@ class _MpiWork(Work):
 
     @property
     def source(self) -> int:
-        """The rank that sent what a recv has received."""
+        """The rank at the other end of a message; see Work.source."""
         running = self._operation.running
-        return running.waiting_for if isinstance(running, Receive) else -1
+        return running.waiting_for if isinstance(running, Send | Receive) else -1

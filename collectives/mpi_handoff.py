@@ -48,7 +48,13 @@ def meet_over_mpi(job: Job, deadline: float, undo: ExitStack) -> tuple[Store, by
     if job.rank == 0:
         secret = secrets.token_bytes(32)
         server = undo.enter_context(StoreServer(secret, "0.0.0.0"))
-        message = pack_record({"hosts": " ".join(str(address.host) for address in _chosen(job)), "port": split_address(server.address)[1], "secret": secret.hex()})
+        message = pack_record(
+            {
+                "hosts": " ".join(str(address.host) for address in _chosen(job) if address.host.version == 4),
+                "port": split_address(server.address)[1],
+                "secret": secret.hex(),
+            }
+        )
     told = unpack_record(process.share(message, _remaining(deadline)), hosts=str, port=int, secret=str)
     secret = bytes.fromhex(told["secret"])
     theirs = [ipaddress.ip_interface(host) for host in told["hosts"].split()]

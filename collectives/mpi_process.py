@@ -27,7 +27,7 @@ __all__ = ["Driven", "MpiProcess", "mpi"]
 T = TypeVar("T")
 
 # While others move, the next poll comes at once; then ever later, up to a millisecond, by which the operation is late at most.
-YIELDS = 50
+YIELDS = 20
 FIRST_PAUSE_S = 20e-6
 LONGEST_PAUSE_S = 1e-3
 # What the thread of ours costs a script that computes meanwhile.
@@ -143,13 +143,13 @@ class MpiProcess:
 
     # -- operations in flight ---------------------------------------------------------------------------------------------------------
 
-    def drive(self, operation: Driven) -> None:
-        """Take the operation's first steps, and go on until it is finished."""
+    def drive(self, operation: Driven, awaited: bool) -> None:
+        """Take the operation's first steps, and go on until it is finished; `awaited`: the caller does so himself."""
         with self._turn:
             operation.advance()
             if not operation.finished:
                 self._in_flight.append(operation)
-        if not operation.finished and self._waiters == 0:
+        if not operation.finished and not awaited and self._waiters == 0:
             self._calls.put(lambda: None)  # wakes the thread
 
     def wait(self, operation: Driven, spin_s: float) -> None:
@@ -166,7 +166,7 @@ class MpiProcess:
                 if time.monotonic() - moved_at < spin_s:
                     continue
                 if idle < YIELDS:
-                    time.sleep(0)
+                    os.sched_yield()
                     continue
                 time.sleep(pause_s)
                 pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
@@ -220,8 +220,9 @@ class MpiProcess:
 
 _process: MpiProcess | None = None
 _start = threading.Lock()
-# A rank may finish that much earlier than another; under mpirun the death of one ends the others anyway.
-FINALISE_TIMEOUT_S = 300.0
+# A rank may be done that much earlier than another, which still writes a checkpoint. Whoever leaves without MPI_Finalize is taken for a failure
+# by mpirun, which ends the others too; and by the death of another this wait is ended.
+FINALISE_TIMEOUT_S = 1800.0
 
 
 def mpi() -> MpiProcess:

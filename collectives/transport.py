@@ -46,8 +46,8 @@ class Transport(Protocol):
 
     name: str
 
-    def begin(self, request: Request, timeout_s: float) -> Work:
-        """Start an operation and return its Work; the Work keeps the tensors alive.
+    def begin(self, request: Request, timeout_s: float, awaited: bool = False) -> Work:
+        """Start an operation and return its Work, which keeps the tensors alive; `awaited`: the caller waits for it at once.
 
         Raises: ConfigError if the transport cannot do it; nothing was sent.
         """

@@ -91,7 +91,8 @@ def run(network: Network, executions: list[Execution]) -> None:
 
 def plans_of(key: tuple[str, str, str], size: int, segments: int, root: int) -> list[Plan]:
     op, algorithm, variant = key
-    return [Plan(build(op, algorithm, variant, rank, size, segments, root)) for rank in range(size)]
+    hosts = tuple(rank // 2 for rank in range(size))  # of hierarchical schedules: the last host may have one rank only
+    return [Plan(build(op, algorithm, variant, rank, size, segments, root, hosts=hosts)) for rank in range(size)]
 
 
 def roots(op: str, size: int) -> list[int]:
