@@ -124,10 +124,10 @@ class Lane:
             work, future = self._pending.popleft()
             with suppress(Exception):  # the future's own callback asks the work again
                 work.wait()
-            future.set_result(None)
             with self._lock:
                 self._is_led = bool(self._pending)
                 is_leader = self._is_led and not self._threads.run(self._lead)
+            future.set_result(None)
 
 
 @uncompiled
