@@ -1,7 +1,8 @@
 """How the workers of several hosts get the address and the secret of rank 0's store if nobody gave them: rank 0 broadcasts both over MPI.
 
 Whoever is in MPI_COMM_WORLD has been admitted by its launcher, so a secret that is fresh in every generation can be told there. Rank 0
-names all addresses of its host; which of them reaches it depends on who asks, so each tries those to which it has a route, and knows it by the secret.
+names all addresses of its host; which of them reaches it depends on who asks, so each tries those to which it has a route, and knows
+rank 0 by the secret.
 """
 
 from __future__ import annotations
