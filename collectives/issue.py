@@ -7,6 +7,7 @@ of the core does the rest. Whatever is special about tensors goes through operan
 from __future__ import annotations
 
 import struct
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import accumulate
@@ -56,6 +57,7 @@ class Issuer:
         self._plans: dict[tuple[object, ...], Plan] = {}
         self._programs: dict[tuple[object, ...], int] = {}
         self._in_flight: deque[Work] = deque()
+        self._in_flight_lock = threading.Lock()
         self._order: OrderCheck | None = None
 
     # -- checks -----------------------------------------------------------------------------------------------------------------------
@@ -318,9 +320,10 @@ class Issuer:
     def _keep(self, work: Work) -> Work:
         """Hold the work's tensors until it is done, even if the caller lets go of it."""
         in_flight = self._in_flight
-        while in_flight and in_flight[0].done():
-            in_flight.popleft()
-        in_flight.append(work)
+        with self._in_flight_lock:
+            while in_flight and in_flight[0].done():
+                in_flight.popleft()
+            in_flight.append(work)
         return work
 
     def _fail(self, outcome: Outcome) -> None:

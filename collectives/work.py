@@ -5,6 +5,7 @@ The communicator keeps the operation's tensors alive until it is done, so a Work
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 
 from ringfold.collectives._native import Outcome, core
@@ -15,7 +16,7 @@ __all__ = ["Work", "Works"]
 class Work:
     """One operation that has been issued: `wait()` for it, or ask whether it is `done()`."""
 
-    __slots__ = ("_fail", "_finish", "_handle", "_tensors")
+    __slots__ = ("_fail", "_finish", "_handle", "_lock", "_tensors")
 
     def __init__(
         self,
@@ -29,6 +30,7 @@ class Work:
         self._tensors = tensors
         self._fail = fail
         self._finish = finish
+        self._lock = None if finish is None else threading.Lock()
 
     def wait(self) -> None:
         """Block until the operation is complete; may be called again.
@@ -40,9 +42,11 @@ class Work:
             outcome = core.wait(self._handle)
             if outcome is not None and self._fail is not None:
                 self._fail(outcome)
-        finish, self._finish = self._finish, None
-        if finish is not None:
-            finish()
+        if self._lock is not None:
+            with self._lock:  # whoever waits beside the first returns after it, not before the result is where it belongs
+                finish, self._finish = self._finish, None
+                if finish is not None:
+                    finish()
         self._tensors = ()
 
     def done(self) -> bool:

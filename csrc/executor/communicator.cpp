@@ -299,7 +299,7 @@ bool Communicator::CheckOne(const Operation& operation, uint64_t now, OperationQ
 }
 
 void Communicator::GiveUp(const Operation& operation, int peer) {
-  std::string text = Describe(operation) + SiteOf(operation) + " gave up after " + Seconds(operation.request().timeout_ns) + "\n  " +
+  std::string text = Describe(operation) + SiteOf(operation) + " gave up after its timeout of " + Seconds(operation.request().timeout_ns) + "\n  " +
                      Standing(operation, -1) +
                      "\n  If that rank is slow, raise timeout_s (--timeout); if it has ended the loop early or issues other collectives, "
                      "every rank must take part in each.";
