@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
-from ringfold.collectives import select
+from ringfold.collectives import mpi_requests, select
 from ringfold.collectives._native import Outcome, check, core
 from ringfold.collectives.algorithms import build
 from ringfold.collectives.codes import ALGORITHMS, DTYPES, OPERATIONS, REDUCTIONS
@@ -26,7 +26,7 @@ from ringfold.collectives.errors import ConfigError
 from ringfold.collectives.fold import HALF
 from ringfold.collectives.interpreter import Execution, Plan
 from ringfold.collectives.mpi_process import MpiProcess, mpi
-from ringfold.collectives.mpi_requests import LIMIT, Mismatch, Native, PointToPoint, Receive, Send
+from ringfold.collectives.mpi_requests import Mismatch, Native, PointToPoint, Receive, Send
 from ringfold.collectives.page import State
 from ringfold.collectives.session import SPIN_S, Session
 from ringfold.collectives.transport import Request
@@ -194,10 +194,12 @@ class MpiTransport:
             why = f"MPI's own {request.reduction} may lose a NaN"
         elif request.op in REDUCING and request.dtype in SHORT and request.reduction in ("sum", "avg", "prod"):
             why = f"MPI's own {request.reduction} of {request.dtype} may saturate instead of wrap"
-        elif request.op in IN_PIECES and request.count > LIMIT:
-            why = f"{request.count} elements are more than the {LIMIT} that its counts hold"
+        elif request.op in IN_PIECES and request.count > mpi_requests.LIMIT:
+            why = f"{request.count} elements are more than the {mpi_requests.LIMIT} that its counts hold"
         if request.algorithm == "native" and why is not None:
             raise ConfigError(f"{request.op} with algorithm='native': {why}. Leave the algorithm out, and a schedule of ringfold's runs over MPI")
+        if request.op == "all_to_all" and request.input_counts is not None and request.algorithm is None:
+            return False  # ranks know different sizes, and must choose alike
         return why is None and request.algorithm in (None, "native")
 
     def _plan(self, request: Request) -> Plan:
