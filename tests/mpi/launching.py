@@ -91,6 +91,7 @@ def mpirun(
     environ = {key: value for key, value in os.environ.items() if not key.startswith(drop)}
     environ |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RINGFOLD_TRANSPORT": "mpi", "RINGFOLD_TIMEOUT_S": "60", **mpi.env, **(env or {})}
     with tempfile.TemporaryDirectory(prefix="ringfold-mpi-") as folder:
+        environ["RINGFOLD_FLIGHT_DIR"] = folder
         program = [mpi.python, "-m", "tests.mpi.rank", function.__module__, function.__qualname__, json.dumps(args), folder]
         command = [*mpi.mpirun, *options, "-n", str(size), *program]
         began = time.monotonic()
