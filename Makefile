@@ -14,7 +14,7 @@ CORE := build/dev/ringfold/_core.abi3.so
 SOURCES := $(shell find csrc -name '*.cpp' -not -path '*/test/*') $(shell find csrc -name '*.h' -not -path '*/test/*') \
 	$(wildcard runtime/ringfold/*.py runtime/ringfold/*.pyi) setup.py pyproject.toml
 
-.PHONY: help venv mpi train test test-full check format sanitize bench clean
+.PHONY: help venv mpi train test test-full check format sanitize bench peers clean
 
 help:
 	@echo 'make train [N=2] [STEPS=300]   train a small GPT on N processes'
@@ -23,6 +23,7 @@ help:
 	@echo 'make sanitize                  the C++ tests under ASan, UBSan and TSan'
 	@echo 'make bench                     all_reduce and train_step beside gloo'
 	@echo 'make mpi                       Open MPI and MPICH beside $(VENV), for the tests over MPI'
+	@echo 'make peers                      Open MPI, MPICH, oneCCL and Horovod for make bench, in .venv-peers'
 	@echo 'make venv                      only install into $(VENV)'
 
 venv: $(CORE)
@@ -35,7 +36,7 @@ $(PACKAGES): constraints.txt pyproject.toml
 	touch $@
 
 $(CORE): $(PACKAGES) $(SOURCES)
-	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[test,check,mpi]'
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[test,check,mpi,bench]'
 	touch $@
 
 # Each MPI library in an environment of its own, since they bring mpiruns of one name; everything else they see in $(VENV).
@@ -74,6 +75,10 @@ sanitize:
 bench: venv
 	$(RUN) bench all_reduce -n $(N)
 	$(RUN) bench train_step -n $(N)
+
+# Each in an environment of its own; one that cannot be installed is left out, with the reason.
+peers: venv
+	benchmarks/peers.sh $(VENV)/bin/python
 
 clean:
 	rm -rf build dist *.egg-info

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 import ringfold
@@ -28,7 +28,7 @@ from torch._C._distributed_c10d import TCPStore
 if TYPE_CHECKING:
     from ringfold import Communicator
 
-__all__ = ["Nbytes", "Spread", "describe_run", "gloo", "slowest", "summed", "write_json"]
+__all__ = ["Counts", "Names", "Nbytes", "Spread", "describe_machine", "describe_run", "gloo", "run_on_ranks", "slowest", "summed", "write_json"]
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
@@ -65,6 +65,38 @@ class Nbytes(click.ParamType[int]):
         return int(match[1]) * _UNITS[match[2].upper()]
 
 
+class Names(click.ParamType[list[str]]):
+    """Words with commas between them, out of a fixed set."""
+
+    name = "names"
+
+    def __init__(self, known: tuple[str, ...]) -> None:
+        self.known = known
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[str]:
+        if isinstance(value, list):
+            return value
+        words = [word.strip() for word in value.split(",") if word.strip()]
+        for word in words:
+            if word not in self.known:
+                self.fail(f"{word!r} is none of {', '.join(self.known)}", param, ctx)
+        return words
+
+
+class Counts(click.ParamType[list[int]]):
+    """Numbers of ranks with commas between them."""
+
+    name = "counts"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
+        if isinstance(value, list):
+            return value
+        words = value.split(",")
+        if not all(word.strip().isdecimal() and int(word) > 0 for word in words):
+            self.fail(f"{value!r}: write a number of ranks, or several as 2,4", param, ctx)
+        return [int(word) for word in words]
+
+
 @contextmanager
 def gloo(comm: Communicator) -> Iterator[None]:
     """Hold torch's default process group over gloo on the same ranks, through a store on loopback at a free port."""
@@ -78,6 +110,14 @@ def gloo(comm: Communicator) -> Iterator[None]:
         comm.barrier()  # the store's server ends with rank 0, so rank 0 must not be the first to go
     finally:
         dist.destroy_process_group()
+
+
+def run_on_ranks(module: str, n: int) -> NoReturn:
+    """Become `ringfold run` of this module on `n` ranks, with all its own options but `-n`."""
+    options = sys.argv[1:]
+    at = next(i for i, word in enumerate(options) if word.startswith("-n"))
+    del options[at : at + (2 if options[at] == "-n" else 1)]
+    os.execv(sys.executable, [sys.executable, "-m", "ringfold", "run", "-n", str(n), "-m", module, *options])
 
 
 def slowest(comm: Communicator, seconds: Sequence[float]) -> list[float]:
@@ -94,17 +134,24 @@ def summed(comm: Communicator, value: float) -> float:
     return float(total.item())
 
 
-def describe_run(comm: Communicator) -> dict[str, Any]:
+def describe_machine() -> dict[str, Any]:
     """Say on which machine, with which versions, and by which command."""
-    arguments = sys.orig_argv[1:]
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": f"{_cpu_model()}, {len(os.sched_getaffinity(0))} cores, {_memory_gib()} GiB, Linux {platform.release()}",
         "versions": {"ringfold": ringfold.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
+    }
+
+
+def describe_run(comm: Communicator) -> dict[str, Any]:
+    """Say the same of the ranks of one job, which run a module."""
+    return {
+        **describe_machine(),
         "ranks": comm.size,
         "transport": comm.transport,
         "threads_per_rank": torch.get_num_threads(),
-        "command": f"ringfold run -n {comm.size} {shlex.join(arguments)}" if arguments[:1] == ["-m"] else shlex.join(sys.orig_argv),
+        "command": f"ringfold run -n {comm.size} {shlex.join(sys.orig_argv[1:])}",
     }
 
 

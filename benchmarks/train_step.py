@@ -1,6 +1,7 @@
 """Train steps of a GPT: ringfold beside torch DDP over gloo, and beside the same processes that do not communicate at all (the ceiling).
 
-    ringfold run -n 2 -m ringfold.benchmarks.train_step
+    ringfold bench train_step -n 2
+    ringfold bench train_step -n 2 --sides ddp,ddp_ringfold,fsdp,fsdp_ringfold     torch's own parallelism over gloo and over ringfold's backend
 
 All sides live in the same processes, so they share allocator, threads and machine, and run the same number of steps on the same batches with the
 same fused AdamW. They take turns in windows of some seconds, in an order that rotates; a window's time is that of the slowest rank. The table has
@@ -20,11 +21,17 @@ from typing import Any
 import click
 import ringfold as rf
 import torch
-from ringfold.benchmarks._driver import Spread, describe_run, gloo, slowest, summed, write_json
+import torch.distributed as dist
+from ringfold.benchmarks._driver import Names, Spread, describe_run, gloo, run_on_ranks, slowest, summed, write_json
 from ringfold.benchmarks._model import GPT, SIZES, next_byte_loss, random_batches
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+SIDES = ("data_parallel", "engine", "ddp", "ddp_ringfold", "fsdp", "fsdp_ringfold", "alone")
+DEFAULT_SIDES = "data_parallel,engine,ddp,alone"
 WARMUP_STEPS = 4
 BATCHES = 8
 Batch = tuple[Tensor, Tensor]
@@ -45,18 +52,32 @@ def adamw(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=3e-4, fused=True)
 
 
+def torch_group(name: str) -> Any:
+    """Return the process group of a side of torch's own: over ringfold, or the default one, which is gloo's."""
+    if not name.endswith("_ringfold"):
+        return dist.group.WORLD
+    import ringfold.collectives.process_group  # noqa: F401  (registers the backend)
+
+    return dist.new_group(backend="ringfold")
+
+
 def make_side(name: str, mesh: rf.DeviceMesh, build: Callable[[], GPT]) -> Side:
     """Build a side; every one starts from the same parameters."""
     torch.manual_seed(0)
-    module: nn.Module = build()
+    module = build()
     if name == "engine":
         engine = rf.Engine(module, mesh, loss=next_byte_loss, optimizer=adamw)
         return Side(name, module, engine.train_step)
-    model = module
+    model: nn.Module = module
     if name == "data_parallel":
         model = rf.DataParallel(module, mesh["dp"])
-    elif name == "ddp":
-        model = DistributedDataParallel(module, gradient_as_bucket_view=True)
+    elif name.startswith("ddp"):
+        model = DistributedDataParallel(module, process_group=torch_group(name), gradient_as_bucket_view=True)
+    elif name.startswith("fsdp"):
+        torch_mesh = DeviceMesh.from_group(torch_group(name), "cpu")
+        for block in module.blocks:
+            fully_shard(block, mesh=torch_mesh)
+        fully_shard(module, mesh=torch_mesh)
     optimizer = adamw(model.parameters())
 
     def step(batch: Batch) -> None:
@@ -79,9 +100,14 @@ def run_steps(comm: rf.Communicator, side: Side, batches: list[Batch], steps: in
 
 
 def difference(side: Side, baseline: Side) -> float:
-    """Return the largest difference of a parameter between two sides that did the same steps."""
-    pairs = zip(side.module.parameters(), baseline.module.parameters(), strict=True)
-    return max(float((ours.detach() - theirs.detach()).abs().max()) for ours, theirs in pairs)
+    """Return the largest difference of a parameter between two sides that did the same steps; collective, for shards are gathered."""
+    pairs = zip(whole_parameters(side), whole_parameters(baseline), strict=True)
+    return max(float((ours - theirs).abs().max()) for ours, theirs in pairs)
+
+
+def whole_parameters(side: Side) -> list[Tensor]:
+    parameters = (parameter.detach() for parameter in side.module.parameters())
+    return [parameter.full_tensor() if isinstance(parameter, DTensor) else parameter for parameter in parameters]
 
 
 def measure(mesh: rf.DeviceMesh, names: list[str], size: str, rows: int, tokens: int, pairs: int, window_s: float) -> list[dict[str, Any]]:
@@ -149,21 +175,26 @@ def parse_shapes(ctx: click.Context, param: click.Parameter, texts: tuple[str, .
 
 
 @click.command()
+@click.option("-n", "n", type=click.IntRange(1), help="Start that many ranks; without it, this is one of a job's.")
 @click.option("--shape", "shapes", multiple=True, default=["4x128", "2x64"], show_default=True, callback=parse_shapes, help="Rows x tokens a rank.")
-@click.option("--form", type=click.Choice(["data_parallel", "engine", "both"]), default="both", show_default=True, help="Own loop, Engine.")
+@click.option("--sides", "names", type=Names(SIDES), default=DEFAULT_SIDES, show_default=True, help="ddp and alone are always among them.")
 @click.option("--size", type=click.Choice(list(SIZES)), default="10M", show_default=True, help="Parameters of the model.")
 @click.option("--pairs", type=click.IntRange(1), default=11, show_default=True, help="Windows of each side.")
 @click.option("--window-s", type=click.FloatRange(0, min_open=True), default=5.0, show_default=True, help="Seconds of a window.")
 @click.option("--quick", is_flag=True, help="A smoke run: the tiny model, 2 pairs, windows of 0.1 s. Its numbers mean nothing.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write all windows there.")
-def main(shapes: list[tuple[int, int]], form: str, size: str, pairs: int, window_s: float, quick: bool, json_path: Path | None) -> None:
-    """Measure train steps of a GPT on the ranks this was started on."""
+def main(
+    n: int | None, shapes: list[tuple[int, int]], names: list[str], size: str, pairs: int, window_s: float, quick: bool, json_path: Path | None
+) -> None:
+    """Measure train steps of a GPT: ringfold beside torch's own parallelism, and beside processes that do not communicate."""
+    if n is not None:
+        run_on_ranks("ringfold.benchmarks.train_step", n)
     if quick:
         size, pairs, window_s = "tiny", 2, 0.1
     mesh = rf.init()
     comm = mesh.world
     show = click.echo if comm.rank == 0 else lambda _: None
-    names = [*(["data_parallel", "engine"] if form == "both" else [form]), "ddp", "alone"]
+    names = [name for name in SIDES if name in names or name in ("ddp", "alone")]
     rows = []
     show(HEADER)
     with gloo(comm):

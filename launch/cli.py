@@ -121,13 +121,10 @@ def run(target: Any, **texts: str | None) -> None:
 @click.option("-n", "n", metavar="N", default="2", show_default=True, help="Number of ranks.")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def bench(benchmark: str | None, n: str, arguments: tuple[str, ...]) -> None:
-    """Measure: `ringfold bench all_reduce -n 2` is `ringfold run -n 2 -m ringfold.benchmarks.all_reduce`.
+    """Measure: `ringfold bench all_reduce -n 2` is `python -m ringfold.benchmarks.all_reduce -n 2`.
 
     Other options belong to the benchmark. Without a name, the benchmarks are listed.
     """
-    from ringfold.launch.options import Target, check_options
-    from ringfold.launch.run import run_job
-
     names = _benchmarks()
     if benchmark is None:
         click.echo("\n".join(names))
@@ -135,7 +132,7 @@ def bench(benchmark: str | None, n: str, arguments: tuple[str, ...]) -> None:
     if benchmark not in names:
         meant = nearest(benchmark, names)
         raise ConfigError(f"no benchmark {benchmark}; " + (f"did you mean {meant}?" if meant else f"there are: {', '.join(names)}"))
-    sys.exit(run_job(check_options(Target("module", f"ringfold.benchmarks.{benchmark}", arguments), n=n)))
+    os.execv(sys.executable, [sys.executable, "-m", f"ringfold.benchmarks.{benchmark}", "-n", n, *arguments])
 
 
 @ringfold.command(short_help="Check that a layout does not change the numbers.", context_settings=_PASS_ON)

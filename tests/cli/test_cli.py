@@ -84,13 +84,11 @@ def test_bench_lists_its_benchmarks_and_suggests_the_nearest() -> None:
         assert invoke("bench", name + "x") == (2, f"Error: no benchmark {name}x; did you mean {name}?\n")
 
 
-def test_bench_runs_the_module_on_n_ranks_and_passes_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "_benchmarks", lambda: ["__init__"])
+def test_bench_becomes_the_module_with_all_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr(run, "run_job", lambda options: seen.append(options) or 7)
-    assert invoke("bench", "__init__", "-n", "3", "--begin", "4")[0] == 7
-    assert seen[0].world_size == 3
-    assert seen[0].target.command()[1:] == ["-m", "ringfold.benchmarks.__init__", "--begin", "4"]
+    monkeypatch.setattr(cli.os, "execv", lambda *words: seen.append(words))
+    assert invoke("bench", "all_reduce", "-n", "2,3", "--begin", "4")[0] == 0
+    assert seen == [(sys.executable, [sys.executable, "-m", "ringfold.benchmarks.all_reduce", "-n", "2,3", "--begin", "4"])]
 
 
 def test_verify_becomes_the_module_with_all_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,122 +4,268 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
-import ringfold as rf
 import torch
 from click.testing import CliRunner
+from ringfold.benchmarks._group import Group, GroupFailed
+from ringfold.benchmarks._libraries import LIBRARIES, Library, is_installed
+from ringfold.benchmarks._operations import DTYPES, OPERATIONS, REDUCTIONS
+from ringfold.benchmarks._rank import SLOT, Barrier, prepare, time_calls
+from ringfold.benchmarks._sweep import footer, points
+from ringfold.benchmarks.all_reduce import main as all_reduce
+from ringfold.benchmarks.sides.gloo import Gloo
+from ringfold.benchmarks.sides.ringfold import Ringfold
+from ringfold.benchmarks.sides.side import Place
 
 from tests.harness import run_ranks
 
-COLUMNS = ["bytes", "count", "type", "op", "memory", "time", "spread", "algbw", "busbw", "#wrong"]
+COLUMNS = ["bytes", "count", "type", "op", "side", "time", "spread", "algbw", "busbw", "#wrong"]
+PEERS = [name for name, library in LIBRARIES.items() if library.launcher]
 
 
-def run_benchmark(name: str, arguments: list[str], break_it: bool = False) -> tuple[int, str]:
-    """Run a benchmark's command in this rank; return exit code and output."""
-    if name == "all_reduce":
-        from ringfold.benchmarks.all_reduce import main
-    else:
-        from ringfold.benchmarks.train_step import main
-    if break_it:
-        right = rf.Communicator.all_reduce
-
-        def wrong_in_one_place(self: Any, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            work = right(self, tensor, *args, **kwargs)
-            if tensor.dtype == torch.float32:  # the values; the benchmark's own sums are float64
-                tensor[-1] += 1
-            return work
-
-        rf.Communicator.all_reduce = wrong_in_one_place  # type: ignore[method-assign]
-    result = CliRunner().invoke(main, arguments)
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.output
+def clean_environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith("RINGFOLD_")}
 
 
-def test_the_all_reduce_table_has_nccl_tests_columns_and_gloo_beside_it(tmp_path: Path) -> None:
+def run_benchmark(name: str, *arguments: str, code: int = 0) -> str:
+    """Run a benchmark as its own process and return what it printed."""
+    command = [sys.executable, "-m", f"ringfold.benchmarks.{name}", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=110, env=clean_environment(), check=False)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_table_has_nccl_tests_columns_and_gloo_beside_it(tmp_path: Path) -> None:
     path = tmp_path / "result.json"
-    arguments = ["--min-bytes", "4", "--max-bytes", "1K", "--factor", "16", "--rounds", "3", "--json", str(path)]
-    (code, output), *others = run_ranks(3, run_benchmark, "all_reduce", arguments, joined=False)
-    assert code == 0, output
-    assert all(other == (0, "") for other in others), "only rank 0 prints"
+    arguments = ["--begin", "4", "--end", "1K", "--factor", "16", "--rounds", "3", "--json", str(path)]
+    output = run_benchmark("all_reduce", "-n", "3", "--sides", "registered,unregistered,floor,gloo", *arguments)
     header = next(line for line in output.splitlines() if "#wrong" in line)
     assert header.lstrip("#").split()[: len(COLUMNS)] == COLUMNS
     assert "# Out of bounds values : 0 OK" in output
     assert "# Avg bus bandwidth" in output
     result = json.loads(path.read_text())
-    assert result["ranks"] == 3
-    assert set(result["versions"]) == {"ringfold", "torch", "python"}
+    assert set(result["versions"]) == {"ringfold", "torch", "python", "floor", "gloo"}
     assert result["machine"]
-    assert result["command"]
+    assert result["command"].endswith(" ".join(arguments[:6]) + f" --rounds 3 --json {path}")
     rows = result["rows"]
-    assert [(row["bytes"], row["memory"]) for row in rows] == [(n, m) for n in (4, 64, 1024) for m in ("registered", "unregistered", "gloo")]
+    sides = ("registered", "unregistered", "floor", "gloo")
+    assert [(row["bytes"], row["side"]) for row in rows] == [(n, side) for n in (4, 64, 1024) for side in sides]
     for row in rows:
+        assert row["ranks"] == 3
         assert len(row["rounds_us"]) == 3
         assert min(row["rounds_us"]) <= row["time_us"] <= max(row["rounds_us"])
         assert row["algbw_GBps"] == pytest.approx(row["bytes"] / row["time_us"] / 1e3)
         assert row["busbw_GBps"] == pytest.approx(row["algbw_GBps"] * 4 / 3)
         assert row["wrong"] == 0
+        gloo = next(other for other in rows if (other["bytes"], other["side"]) == (row["bytes"], "gloo"))
+        assert row["times_gloo"] == pytest.approx(gloo["time_us"] / row["time_us"])
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16", "int32", "int64", "uint8"])
-def test_every_dtype_and_op_checks_out(dtype: str) -> None:
-    for op in ("sum", "avg", "min", "max", "prod"):
-        arguments = ["--min-bytes", "24", "--max-bytes", "24", "--rounds", "1", "--dtype", dtype, "--op", op, "--unregistered"]
-        for code, output in run_ranks(2, run_benchmark, "all_reduce", arguments, joined=False):
-            assert code == 0, output
+def test_ringfold_bench_sweeps_ranks_dtypes_algorithms_and_draws(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the extra `bench` is not installed")
+    json_path, plot_path = tmp_path / "result.json", tmp_path / "plot.png"
+    command = [
+        sys.executable,
+        "-m",
+        "ringfold",
+        "bench",
+        "all_gather",
+        "-n",
+        "1,2",
+        "--begin",
+        "4K",
+        "--end",
+        "4K",
+        "--rounds",
+        "1",
+        "--sides",
+        "registered",
+    ]
+    options = ["--dtype", "float32,int8", "--algorithm", "auto,ring", "--json", str(json_path), "--plot", str(plot_path)]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=110, env=clean_environment(), check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [(row["ranks"], row["type"], row["side"]) for row in json.loads(json_path.read_text())["rows"]]
+    assert rows == [(n, dtype, side) for n in (1, 2) for dtype in ("float32", "int8") for side in ("registered", "registered ring")]
+    assert plot_path.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("algorithm", ["ring", "direct"])
-def test_one_algorithm_without_gloo(algorithm: str) -> None:
-    arguments = ["--max-bytes", "64K", "--factor", "1024", "--rounds", "1", "--algorithm", algorithm, "--registered", "--no-gloo"]
-    code, output = run_ranks(2, run_benchmark, "all_reduce", arguments, joined=False)[0]
-    assert code == 0, output
-    assert "gloo" not in output.split("\n", 3)[3].partition("# Out of bounds")[0]
-
-
-def test_a_wrong_answer_is_counted_and_fails_the_run() -> None:
-    arguments = ["--min-bytes", "64", "--max-bytes", "64", "--rounds", "2", "--no-gloo", "--registered"]
-    for rank, (code, output) in enumerate(run_ranks(2, run_benchmark, "all_reduce", arguments, True, joined=False)):
-        assert code == 1
-        if rank == 0:
-            assert "# Out of bounds values : 4 FAILED" in output  # one element, two ranks, two rounds
-
-
-@pytest.mark.parametrize("arguments", [["--min-bytes", "many"], ["--min-bytes", "2"], ["--min-bytes", "8", "--max-bytes", "4"], ["--op", "mean"]])
-def test_a_bad_option_is_a_usage_error(arguments: list[str]) -> None:
-    code, output = run_benchmark("all_reduce", arguments)
-    assert code == 2
-    assert "Error:" in output
-
-
-@pytest.mark.parametrize("form", ["both", "engine"])
-def test_train_step_measures_all_sides_and_they_train_alike(form: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("peer", PEERS)
+def test_an_installed_peer_is_measured_beside_ringfold(peer: str, tmp_path: Path) -> None:
+    if not is_installed(peer):
+        pytest.skip(f"{peer} is not installed (make peers)")
     path = tmp_path / "result.json"
-    arguments = ["--quick", "--shape", "2x8", "--shape", "1x5", "--form", form, "--json", str(path)]
-    code, output = run_ranks(2, run_benchmark, "train_step", arguments, joined=False)[0]
-    assert code == 0, output
-    rows = json.loads(path.read_text())["rows"]
-    sides = [*(["data_parallel", "engine"] if form == "both" else [form]), "ddp", "alone"]
-    assert [(row["shape"], row["side"]) for row in rows] == [(shape, side) for shape in ("2x8", "1x5") for side in sides]
+    run_benchmark("all_to_all", "--begin", "1K", "--end", "1K", "--rounds", "2", "--sides", f"registered,{peer}", "--json", str(path))
+    assert [row["side"] for row in json.loads(path.read_text())["rows"]] == ["registered", peer]
+
+
+def requests() -> list[dict[str, Any]]:
+    """Return a request for every operation, dtype and reduction that has one, of 23 elements or 23 for each of 3 ranks."""
+    found = []
+    for operation in OPERATIONS:
+        for dtype in DTYPES:
+            for reduction in REDUCTIONS if OPERATIONS[operation].reduces else ["sum"]:
+                nbytes = 23 * getattr(torch, dtype).itemsize * (3 if OPERATIONS[operation].splits else 1)
+                (point,) = points(operation, 3, dtype, reduction, [nbytes])
+                found.append({"operation": operation, "count": point.count, "dtype": dtype, "reduction": reduction})
+    return found
+
+
+def check_side(name: str, folder: Path) -> list[str]:
+    """Measure everything on this rank, and return what was not right."""
+    os.environ["RANK"] = os.environ["RINGFOLD_RANK"]
+    place = Place(folder, 3, 1 << 20)
+    side = Gloo(place) if name == "gloo" else Ringfold(place)
+    barrier = Barrier(folder / "barrier", side.rank, 3)
+    failures = []
+    for request in requests():
+        if name == "gloo" and request["dtype"] == "int16":
+            continue  # gloo has no int16
+        prepared = prepare(side, {**request, "memory": name, "algorithm": "auto"})
+        if time_calls(prepared, barrier, 2)["wrong"]:
+            failures.append(f"{request}: {prepared.output} is not {prepared.expected}")
+    side.close()
+    return failures
+
+
+@pytest.mark.parametrize("side", ["registered", "unregistered", "gloo"])
+def test_every_operation_dtype_and_reduction_checks_out(side: str, tmp_path: Path) -> None:
+    (tmp_path / "barrier").write_bytes(bytes(3 * SLOT * 8))
+    assert run_ranks(3, check_side, side, tmp_path, joined=False) == [[], [], []]
+
+
+def count_wrong(folder: Path) -> int:
+    """Measure an all_reduce that is wrong in one element."""
+    side = Ringfold(Place(folder, 2, 1 << 20))
+    prepared = prepare(
+        side, {"operation": "all_reduce", "count": 5, "dtype": "float32", "reduction": "sum", "memory": "registered", "algorithm": "auto"}
+    )
+    right, output = prepared.call, prepared.output
+    assert output is not None
+
+    def wrong_in_one_place() -> None:
+        right()
+        output[-1] += 1
+
+    prepared.call = wrong_in_one_place
+    wrong: int = time_calls(prepared, Barrier(folder / "barrier", side.rank, 2), 3)["wrong"]
+    side.close()
+    return wrong
+
+
+def test_a_wrong_element_is_counted_on_each_rank(tmp_path: Path) -> None:
+    (tmp_path / "barrier").write_bytes(bytes(2 * SLOT * 8))
+    assert run_ranks(2, count_wrong, tmp_path, joined=False) == [1, 1]
+
+
+def test_the_footer_says_what_is_wrong_missing_and_failed() -> None:
+    run = {"machine": "a machine", "versions": {"torch": "2"}, "threads_per_rank": 1, "command": "a command"}
+    lines = footer([{"side": "registered", "busbw_GBps": 1.0, "wrong": 4}], ["mpich: gone\nits output"], ["horovod"], run).splitlines()
+    assert "# Out of bounds values : 4 FAILED" in lines
+    assert "# Not installed        : horovod (make peers)" in lines
+    assert "# Failed               : mpich: gone" in lines
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--begin", "many"],
+        ["--begin", "8", "--end", "4"],
+        ["--op", "mean"],
+        ["--op", "prod", "-n", "9"],
+        ["-n", "0"],
+        ["--sides", "nccl"],
+        ["--dtype", "f"],
+    ],
+)
+def test_a_bad_option_is_a_usage_error(arguments: list[str]) -> None:
+    result = CliRunner().invoke(all_reduce, arguments)
+    assert result.exit_code == 2
+    assert "Error:" in result.output
+
+
+def test_ranks_that_cannot_join_are_a_failure_with_their_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(LIBRARIES, "gloo", Library("nowhere:Nothing"))
+    with pytest.raises(GroupFailed, match=r"(?s)^gloo: .*No module named 'ringfold.benchmarks.sides.nowhere'"):
+        Group("gloo", 2, 1024, 30)
+
+
+def test_a_rank_that_ends_is_a_failure_and_close_ends_the_others() -> None:
+    with Group("ringfold", 2, 1024, 30) as group:
+        ranks = [psutil.Process(pid) for pid in group.pids]
+        ranks[1].kill()
+        with pytest.raises(GroupFailed, match="ringfold: "):
+            group.ask(
+                {
+                    "do": "prepare",
+                    "case": "x",
+                    "operation": "barrier",
+                    "count": 1,
+                    "dtype": "int8",
+                    "reduction": "sum",
+                    "memory": "",
+                    "algorithm": "auto",
+                }
+            )
+    assert not psutil.wait_procs(ranks, timeout=10)[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_nothing_outlives_the_driver(number: signal.Signals) -> None:
+    command = [sys.executable, "-m", "ringfold.benchmarks.barrier", "--rounds", "1000000", "--sides", "registered,gloo"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=clean_environment()) as driver:
+        assert driver.stdout is not None
+        driver.stdout.readline()  # printed before the groups start
+        process = psutil.Process(driver.pid)
+        while sum("ringfold.benchmarks._rank" in " ".join(cmdline(child)) for child in process.children(recursive=True)) < 4:
+            assert driver.poll() is None
+        children = process.children(recursive=True)
+        driver.send_signal(number)
+        assert driver.wait(60) != 0
+    assert not psutil.wait_procs(children, timeout=30)[1]
+
+
+def cmdline(process: psutil.Process) -> list[str]:
+    try:
+        return list(process.cmdline())
+    except psutil.NoSuchProcess:
+        return []
+
+
+@pytest.mark.parametrize("sides", [["data_parallel", "engine"], ["fsdp"]])
+def test_train_step_measures_all_sides_and_they_train_alike(sides: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    arguments = ["--quick", "--shape", "2x8", "--shape", "1x5", "--sides", ",".join(sides), "--json", str(path)]
+    output = run_benchmark("train_step", "-n", "2", *arguments)
+    result = json.loads(path.read_text())
+    assert result["command"].startswith("ringfold run -n 2 -m ringfold.benchmarks.train_step --quick")
+    rows = result["rows"]
+    measured = [side for side in ("data_parallel", "engine", "ddp", "fsdp", "alone") if side in (*sides, "ddp", "alone")]
+    assert [(row["shape"], row["side"]) for row in rows] == [(shape, side) for shape in ("2x8", "1x5") for side in measured]
     for row in rows:
         assert len(row["windows"]) == 2
         assert row["cpu_s_per_step"] > 0
         if row["side"] != "alone":
             # AdamW divides by the root of tiny second moments, so rounding may move a step of 3e-4 by a part of itself, four times.
             assert row["difference_to_ddp"] < 4 * 3e-4 * 0.1
-    assert sum(line.startswith("| ") for line in output.splitlines()) == 1 + len(rows)
+    assert sum("| " in line for line in output.splitlines()) >= 1 + len(rows)
 
 
-def test_the_launcher_runs_a_benchmark() -> None:
-    command = [sys.executable, "-m", "ringfold", "run", "-n", "2", "-m", "ringfold.benchmarks.all_reduce"]
-    arguments = ["--max-bytes", "4", "--rounds", "1", "--no-gloo"]
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("RINGFOLD_")}
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=60, env=environ, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "Out of bounds values : 0 OK" in done.stdout
-    assert "ringfold run -n 2 -m ringfold.benchmarks.all_reduce --max-bytes 4" in done.stdout
+def test_scaling_compares_every_side_with_a_lone_rank(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    arguments = ["--quick", "--rows", "1", "--tokens", "8", "--kinds", "strong", "--sides", "data_parallel", "--json", str(path)]
+    output = run_benchmark("scaling", "-n", "2", *arguments)
+    rows = json.loads(path.read_text())["rows"]
+    assert [(row["ranks"], row["rows_a_rank"], row["side"]) for row in rows] == [
+        (n, 2 // n, side) for n in (1, 2) for side in ("data_parallel", "ddp", "alone")
+    ]
+    lone = next(row["samples_per_s"] for row in rows if (row["ranks"], row["side"]) == (1, "alone"))
+    for row in rows:
+        assert row["efficiency"] == pytest.approx(row["samples_per_s"] / (row["ranks"] * lone))
+    assert "| strong | 2 | 1 | alone |" in output

@@ -1,0 +1,8 @@
+"""Measure gather: `ringfold bench gather -n 2`. The driver is _sweep.py, the operation is in _operations.py."""
+
+from ringfold.benchmarks._sweep import command
+
+main = command("gather")
+
+if __name__ == "__main__":
+    main()

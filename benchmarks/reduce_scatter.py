@@ -1,0 +1,8 @@
+"""Measure reduce_scatter: `ringfold bench reduce_scatter -n 2`. The driver is _sweep.py, the operation is in _operations.py."""
+
+from ringfold.benchmarks._sweep import command
+
+main = command("reduce_scatter")
+
+if __name__ == "__main__":
+    main()
