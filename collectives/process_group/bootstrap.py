@@ -96,7 +96,8 @@ def _get(store: Store, key: str, of: int, rank: int, timeout_s: float) -> bytes:
 
 def _serve(store: Store, secret: bytes) -> tuple[StoreServer, str]:
     """Serve a store where every rank can reach it: at RINGFOLD_STORE, else beside torch's own."""
-    if address := os.environ.get(STORE):
+    # Under our launcher that is where its own store listens.
+    if (address := os.environ.get(STORE)) and RANK not in os.environ:
         return StoreServer(secret, *split_address(address)), address
     host = _own_host(store)
     server = StoreServer(secret, "::" if ":" in host else "0.0.0.0")
