@@ -82,13 +82,16 @@ class _Checked:
         return value
 
     def transport(self, text: str | None) -> Transport | None:
-        for name in get_args(Transport):
+        offered = [name for name in get_args(Transport) if name != "mpi"]
+        for name in offered:
             if text == name:
                 return name  # type: ignore[no-any-return]
-        if text is not None:
-            meant = nearest(text, get_args(Transport))
+        if text == "mpi":
+            self.problems.append("--transport mpi: ranks over MPI are started by it: RINGFOLD_TRANSPORT=mpi mpirun -n N python train.py")
+        elif text is not None:
+            meant = nearest(text, offered)
             suggestion = f"; did you mean {meant}?" if meant else ""
-            self.problems.append(f"--transport {text}: expected one of {', '.join(get_args(Transport))}{suggestion}")
+            self.problems.append(f"--transport {text}: expected one of {', '.join(offered)}{suggestion}")
         return None
 
     def interface(self, text: str | None) -> None:

@@ -1,5 +1,6 @@
 #include "executor/communicator.h"
 
+#include <sched.h>
 #include <sys/socket.h>
 
 #include <algorithm>
@@ -214,7 +215,12 @@ void Communicator::Broken(const Operation& operation) {
   const int culprit = WorldRank(operation.broken_peer());
   const std::string label = context_->roster().at(culprit).label;
   if (operation.unshared()) {
-    context_->PumpLinks();  // has it died?
+    // A process that dies loses its memory a moment before its sockets, which tell us so.
+    const uint64_t until = NowNs() + kSecond;
+    while (error_.ok() && NowNs() < until) {
+      context_->PumpLinks();
+      sched_yield();
+    }
     if (!error_.ok()) return;
     context_->Abort(*this, {ErrorCode::kSystem, culprit,
                             Describe(operation) + ": rank " + std::to_string(context_->rank()) + " could not reach the memory of " + label +

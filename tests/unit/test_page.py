@@ -197,8 +197,8 @@ def test_anything_else_is_refused_with_what_it_is(page):
     with pytest.raises(ConfigError, match="has 0 bytes, expected a shared page of version 2"):
         Page.attach(other)
     os.close(other)
-    os.pwrite(page.fd, struct.pack("<I", 2), 8)
-    with pytest.raises(ConfigError, match="version 2, expected a shared page of version 2"):
+    os.pwrite(page.fd, struct.pack("<I", 3), 8)
+    with pytest.raises(ConfigError, match="version 3, expected a shared page of version 2"):
         Page.attach(page.fd)
 
 
