@@ -30,7 +30,9 @@ class CallSites:
 
     def row(self, depth: int) -> int:
         """Return the row of the innermost frame outside ringfold, beginning `depth` frames above this call."""
-        frame: FrameType | None = sys._getframe(depth + 1)
+        return self._from(sys._getframe(depth + 1))
+
+    def _from(self, frame: FrameType | None) -> int:
         while frame is not None:
             known = self._rows.get((id(frame.f_code), frame.f_lasti))
             row = known[0] if known is not None else self._add(frame)
@@ -38,6 +40,12 @@ class CallSites:
                 return row
             frame = frame.f_back
         return UNKNOWN
+
+    def row_of(self, frame: FrameType) -> int:
+        """Return the row of the innermost frame outside ringfold from `frame` on; its complement if that is not `frame` itself, or unknown."""
+        row = self._from(frame)
+        own = self._rows.get((id(frame.f_code), frame.f_lasti))
+        return row if own is not None and own[0] == row else ~row
 
     def _add(self, frame: FrameType) -> int:
         row = OUR_OWN

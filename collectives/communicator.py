@@ -82,6 +82,7 @@ class Communicator(Issuer, Objects):
                 self.transport = self._carrier.name
             if session.job.checks_order:
                 self._order = OrderCheck(self)
+            self.set_topology()
 
     def _identity(self) -> int:
         """Return 32 bits that the members agree on and no other communicator here has: of its name, its members and how often it was made."""
@@ -101,7 +102,6 @@ class Communicator(Issuer, Objects):
             core.add_socket(self._handle, self.members.index(member), 1, sock.detach())
         ring_nbytes = min(RING_NBYTES, RINGS_NBYTES // (2 * self.size)) // 64 * 64
         check(core.open(self._handle, ring_nbytes, self.timeout_s))
-        self.set_topology()
 
     def set_topology(self) -> None:
         """Choose algorithms from now on by what the session knows of hosts and links; every member does it between the same two operations."""
@@ -346,6 +346,7 @@ class Communicator(Issuer, Objects):
         if self._closed:
             return
         self._closed = True
+        self._shortcut = None
         if self._carrier is not None:
             self._carrier.close()
             self._carrier = None  # it refers to us, and should not live until the garbage collector comes

@@ -5,7 +5,6 @@
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
-#include <unistd.h>
 
 #include <memory>
 #include <string>
@@ -15,99 +14,12 @@
 #include "executor/context.h"
 #include "executor/program.h"
 #include "python/capsule.h"
+#include "python/handles.h"
 #include "python/memory.h"
+#include "python/shortcut.h"
 
 namespace ringfold {
 namespace {
-
-constexpr char kContextName[] = "ringfold.context";
-constexpr char kCommunicatorName[] = "ringfold.communicator";
-constexpr char kWorkName[] = "ringfold.work";
-// Python's signal handlers run at least this often during a wait.
-constexpr uint64_t kSignalSlice = 50 * kMillisecond;
-
-struct ContextHandle {
-  std::shared_ptr<Pool> pool;
-  std::unique_ptr<Context> context;
-  pid_t owner = getpid();
-  uint64_t waited_ns = 0;
-  bool closed = false;
-
-  ~ContextHandle() {
-    // A forked child has neither the thread nor the right to the descriptors' numbers.
-    if (getpid() != owner) [[maybe_unused]] auto* leaked = context.release();
-  }
-};
-
-struct CommunicatorHandle {
-  std::shared_ptr<ContextHandle> owner;
-  Communicator* communicator;
-  uint64_t waited_ns = 0;
-  bool closed = false;
-
-  // With the GIL held.
-  void Waited(uint64_t nanoseconds) {
-    waited_ns += nanoseconds;
-    owner->waited_ns += nanoseconds;
-  }
-};
-
-struct WorkHandle {
-  std::shared_ptr<CommunicatorHandle> owner;
-  std::shared_ptr<Operation> operation;
-};
-
-const std::shared_ptr<ContextHandle>* OpenContext(PyObject* capsule) {
-  const auto* handle = FromCapsule<ContextHandle>(capsule, kContextName);
-  if (handle != nullptr && (*handle)->closed) {
-    PyErr_SetString(PyExc_RuntimeError, "the context is closed");
-    return nullptr;
-  }
-  return handle;
-}
-
-const std::shared_ptr<CommunicatorHandle>* OpenCommunicator(PyObject* capsule) {
-  const auto* handle = FromCapsule<CommunicatorHandle>(capsule, kCommunicatorName);
-  if (handle == nullptr) return nullptr;
-  if ((*handle)->closed || (*handle)->owner->closed || getpid() != (*handle)->owner->owner) {
-    PyErr_SetString(PyExc_RuntimeError, "the communicator is closed");
-    return nullptr;
-  }
-  return handle;
-}
-
-// Whether the communicator of an operation that another library carries out is gone, and the operation has failed with it.
-bool OwnerIsClosed(const WorkHandle& work) { return work.owner->closed || work.owner->owner->closed || getpid() != work.owner->owner->owner; }
-
-// None for success, else (code, world rank at fault or -1, text).
-PyObject* Outcome(const Error& error) {
-  if (error.ok()) Py_RETURN_NONE;
-  return Py_BuildValue("(iis#)", static_cast<int>(error.code), error.peer, error.text.data(), static_cast<Py_ssize_t>(error.text.size()));
-}
-
-uint64_t Nanoseconds(PyObject* seconds) { return static_cast<uint64_t>(PyFloat_AsDouble(seconds) * 1e9); }
-
-// Waits with the GIL released, letting signal handlers run. False with an exception set if one of them raised.
-bool Finish(CommunicatorHandle* handle, const Operation& operation) {
-  if (operation.finished()) return true;
-  Context* context = handle->owner->context.get();
-  for (;;) {
-    bool finished;
-    uint64_t waited_ns = 0;
-    Py_BEGIN_ALLOW_THREADS;
-    finished = context->Wait(operation, kSignalSlice, &waited_ns);
-    Py_END_ALLOW_THREADS;
-    handle->Waited(waited_ns);
-    if (finished) return true;
-    if (PyErr_CheckSignals() != 0) {
-      Py_BEGIN_ALLOW_THREADS;
-      context->Cancel(handle->communicator, "interrupted by a signal while it waited");
-      Py_END_ALLOW_THREADS;
-      return false;
-    }
-    if (handle->owner->closed) return true;
-  }
-}
 
 // --- context ------------------------------------------------------------------------------------------------------------------------
 
@@ -250,17 +162,6 @@ PyObject* AddProgram(PyObject*, PyObject* const* args, Py_ssize_t n) {
 // (communicator, program, op, dtype, reduction, root, count, offsets or None, of OUTPUT where they differ or None, input, output, timeout seconds,
 // call site)
 constexpr Py_ssize_t kRequestArguments = 13;
-
-// Bytes that hold chunk offsets. False with an exception set if they are not bytes.
-bool ParseOffsets(PyObject* from, std::vector<uint64_t>* offsets) {
-  if (from == Py_None) return true;
-  char* bytes;
-  Py_ssize_t nbytes;
-  if (PyBytes_AsStringAndSize(from, &bytes, &nbytes) != 0) return false;
-  const uint64_t* words = reinterpret_cast<const uint64_t*>(bytes);
-  offsets->assign(words, words + static_cast<size_t>(nbytes) / sizeof(uint64_t));
-  return true;
-}
 
 bool ParseRequest(PyObject* const* args, Communicator* communicator, Request* request) {
   request->program = communicator->program(PyLong_AsSize_t(args[1]));
@@ -506,6 +407,9 @@ PyMethodDef kMethods[] = {
     {"program", Fast(AddProgram), METH_FASTCALL, nullptr},
     {"run", Fast(Run), METH_FASTCALL, nullptr},
     {"begin", Fast(Begin), METH_FASTCALL, nullptr},
+    {"shortcut", Fast(NewShortcut), METH_FASTCALL, nullptr},
+    {"remember", Fast(Remember), METH_FASTCALL, nullptr},
+    {"again", Fast(Again), METH_FASTCALL, nullptr},
     {"message", Fast(Message), METH_FASTCALL, nullptr},
     {"source", Source, METH_O, nullptr},
     {"remote_reads", RemoteReads, METH_O, nullptr},

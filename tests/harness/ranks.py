@@ -240,7 +240,7 @@ def spawn_ranks(
             environment.JOB: job,
             environment.TIMEOUT_S: str(collective_timeout_s),
             environment.TRANSPORT: transport,
-            environment.FLIGHT_DIR: os.environ[environment.FLIGHT_DIR],  # conftest.py's
+            environment.FLIGHT_DIR: os.environ.get(environment.FLIGHT_DIR, ""),  # conftest.py's
         }
         own = [{environment.RANK: str(rank), environment.LOCAL_RANK: str(rank)} for rank in range(size)]
         environ = [{**shared, **variables, **(env or {})} for variables in own]

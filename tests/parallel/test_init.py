@@ -20,6 +20,7 @@ from tests.harness.leaks import Resources
 
 TIMES = 200
 ATTEMPTS = 5
+DELAYED = 4
 # Ten warm rounds fill allocators and caches; what grows by less than a page a round after that is noise of the allocator, not a mapping.
 WARM = 10
 GROWTH_NBYTES = 2 * 2**20
@@ -37,33 +38,36 @@ def join_and_leave() -> int:
 def repeat() -> dict[str, Any]:
     assert {join_and_leave() for _ in range(WARM)} == {2}
     before, memory = Resources.now(), psutil.Process().memory_info().rss
-    seconds = []
+    seconds, cpu_seconds = [], []
     for _ in range(TIMES):
-        began = time.perf_counter()
+        began, cpu_began = time.perf_counter(), time.process_time()
         join_and_leave()
         seconds.append(time.perf_counter() - began)
+        cpu_seconds.append(time.process_time() - cpu_began)
     deadline = time.monotonic() + 3
     while (leaked := before.leaked_until(Resources.now())) and time.monotonic() < deadline:
         time.sleep(0.02)
     return {
-        "slowest_s": max(seconds),
+        "slow": sum(second >= 0.020 for second in seconds),
+        "most_cpu_s": max(cpu_seconds),
         "leaked": leaked,
         "grown_nbytes": psutil.Process().memory_info().rss - memory,
     }
 
 
 @pytest.mark.parametrize("transport", ["shm", "tcp"])
-def test_two_hundred_times_in_one_process_are_quick_each_and_leave_nothing(transport: str) -> None:
-    # A call takes 6 ms. Whatever else runs on the machine may delay one; what is slow by itself is slow in every attempt.
+def test_two_hundred_times_in_one_process_are_quick_and_leave_nothing(transport: str) -> None:
+    # A call takes 6 ms of wall time and 5 of processor time. Whatever else runs on this machine, or on the host of a virtual one, delays one now and
+    # then; what is slow by itself is slow in every attempt, and takes processor time.
     for attempt in range(ATTEMPTS):
         ranks = run_ranks(2, repeat, joined=False, transport=transport, timeout_s=100)
         print(attempt, ranks)
         for found in ranks:
             assert found["leaked"] == []
             assert found["grown_nbytes"] < GROWTH_NBYTES
-        if max(found["slowest_s"] for found in ranks) < 0.020:
+        if all(found["slow"] <= DELAYED and found["most_cpu_s"] < 0.020 for found in ranks):
             return
-    pytest.fail(f"in each of {ATTEMPTS} attempts one of {TIMES} calls took 20 ms or more")
+    pytest.fail(f"in each of {ATTEMPTS} attempts a call took 20 ms of processor time, or more than {DELAYED} of {TIMES} as much wall time")
 
 
 def count_garbage() -> int:
