@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import os
+import statistics
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import psutil
@@ -20,7 +22,7 @@ from tests.harness.leaks import Resources
 
 TIMES = 200
 ATTEMPTS = 5
-DELAYED = 4
+DELAYED = 4  # of TIMES, by whatever else runs
 # Ten warm rounds fill allocators and caches; what grows by less than a page a round after that is noise of the allocator, not a mapping.
 WARM = 10
 GROWTH_NBYTES = 2 * 2**20
@@ -48,6 +50,7 @@ def repeat() -> dict[str, Any]:
     while (leaked := before.leaked_until(Resources.now())) and time.monotonic() < deadline:
         time.sleep(0.02)
     return {
+        "median_s": statistics.median(seconds),
         "slow": sum(second >= 0.020 for second in seconds),
         "most_cpu_s": max(cpu_seconds),
         "leaked": leaked,
@@ -55,19 +58,33 @@ def repeat() -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("transport", ["shm", "tcp"])
-def test_two_hundred_times_in_one_process_are_quick_and_leave_nothing(transport: str) -> None:
-    # A call takes 6 ms of wall time and 5 of processor time. Whatever else runs on this machine, or on the host of a virtual one, delays one now and
-    # then; what is slow by itself is slow in every attempt, and takes processor time.
+def attempts(transport: str) -> Iterator[list[dict[str, Any]]]:
+    """Yield what the ranks of each attempt found; none may leave anything behind.
+
+    A call takes 6 ms of wall time and 5 of processor time. Whatever else runs on this machine, or on the host of a virtual one, delays some now and
+    then; what is slow by itself is slow in every attempt.
+    """
     for attempt in range(ATTEMPTS):
         ranks = run_ranks(2, repeat, joined=False, transport=transport, timeout_s=100)
         print(attempt, ranks)
         for found in ranks:
             assert found["leaked"] == []
             assert found["grown_nbytes"] < GROWTH_NBYTES
-        if all(found["slow"] <= DELAYED and found["most_cpu_s"] < 0.020 for found in ranks):
-            return
-    pytest.fail(f"in each of {ATTEMPTS} attempts a call took 20 ms of processor time, or more than {DELAYED} of {TIMES} as much wall time")
+        yield ranks
+
+
+every_transport = pytest.mark.parametrize("transport", ["shm", "tcp"])
+
+
+@every_transport
+def test_two_hundred_times_in_one_process_are_quick_and_leave_nothing(transport: str) -> None:
+    assert any(max(found["median_s"] for found in ranks) < 0.020 for ranks in attempts(transport))
+
+
+@pytest.mark.slow
+@every_transport
+def test_each_of_two_hundred_times_is_quick_on_a_quiet_machine(transport: str) -> None:
+    assert any(all(found["slow"] <= DELAYED and found["most_cpu_s"] < 0.020 for found in ranks) for ranks in attempts(transport))
 
 
 def count_garbage() -> int:
