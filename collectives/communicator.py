@@ -7,7 +7,8 @@
 Every rank of a communicator issues the same operations in the same order. Communicators do not wait for one another. What an operation does is a
 Schedule (algorithms/), chosen by a cost model (select.py), compiled once and run by the C++ core; nothing here moves a byte.
 
-Tensors may have gaps, and any number of elements. What every operation takes beside them:
+Tensors may have gaps, any number of elements, and be on the CPU or a GPU (cuda/ says which way those go; waiting for one holds the current stream,
+not the CPU). What every operation takes beside them:
     async_op: return a Work at once; the tensors are the operation's until its `wait` has returned.
     algorithm: one of codes.ALGORITHMS instead of what the cost model picks.
 What every operation raises:
@@ -301,15 +302,17 @@ class Communicator(Issuer, Objects):
         ranks = sorted((r for r in range(self.size) if answers[r][0] == color), key=lambda r: (answers[r][1], r))
         return self.subgroup(ranks, name)
 
-    def empty(self, *shape: int | Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    def empty(self, *shape: int | Sequence[int], dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> torch.Tensor:
         """Return an uninitialised contiguous tensor in registered memory, which collectives on one host fold where it lies; not collective.
+
+        On a GPU it is an ordinary tensor: all are alike there.
 
         Raises:
             ConfigError: the dtype cannot be reduced.
             OSError: no memory.
         """
         sizes = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
-        return registered.empty(sizes, dtype)  # type: ignore[arg-type]
+        return registered.empty(sizes, dtype, torch.device(device))  # type: ignore[arg-type]
 
     def is_registered(self, tensor: torch.Tensor) -> bool:
         """Tell whether the tensor's memory lies in the process's registered pool."""
@@ -347,9 +350,10 @@ class Communicator(Issuer, Objects):
             return
         self._closed = True
         self._shortcut = None
-        if self._carrier is not None:
-            self._carrier.close()
-            self._carrier = None  # it refers to us, and should not live until the garbage collector comes
+        for carrier in (self._carrier, self._device_carrier):
+            if carrier is not None:
+                carrier.close()
+        self._carrier = self._device_carrier = None  # they refer to us, and should not live until the garbage collector comes
         if self._handle is not None:
             core.drop(self._handle)
         self._in_flight.clear()

@@ -35,6 +35,7 @@ TIMEOUT_S = "RINGFOLD_TIMEOUT_S"
 TRANSPORT = "RINGFOLD_TRANSPORT"
 INTERFACE = "RINGFOLD_INTERFACE"  # by which ranks of other hosts are reached: a name, or a network such as 10.1.0.0/16
 STREAMS = "RINGFOLD_STREAMS"  # TCP connections that share a large message to another host
+DEVICE = "RINGFOLD_DEVICE"  # where rf.init() puts the model: "cuda" if there is one, unless this says "cpu"
 LOG_DIR = "RINGFOLD_LOG_DIR"
 QUIET = "RINGFOLD_QUIET"
 CHECK_ORDER = "RINGFOLD_CHECK_ORDER"  # "1": compare what ranks are about to do before each collective
@@ -42,6 +43,7 @@ FLIGHT_DIR = "RINGFOLD_FLIGHT_DIR"  # where the flight recorder writes
 
 Source = Literal["ringfold", "torchrun", "openmpi", "hydra", "slurm", "single"]
 Transport = Literal["auto", "shm", "tcp", "mpi"]
+Device = Literal["auto", "cpu", "cuda"]
 
 DEFAULT_TIMEOUT_S = 300.0
 DEFAULT_STREAMS = 4
@@ -70,6 +72,11 @@ def member_key(generation: str, rank: int) -> str:
     return f"{generation}/member/{rank}"
 
 
+def nccl_key(generation: str, communicator: int) -> str:
+    """Return what the keys of NCCL's ranks of one communicator begin with."""
+    return f"{generation}/nccl/{communicator}/"
+
+
 @dataclass(frozen=True)
 class Job:
     """This process's place in a job, as its launcher described it.
@@ -89,6 +96,7 @@ class Job:
     layout: str | None = None
     page_fd: int | None = None
     transport: Transport = "auto"
+    device: Device = "auto"
     interface: str | None = None
     streams: int = DEFAULT_STREAMS
     timeout_s: float = DEFAULT_TIMEOUT_S
@@ -109,6 +117,7 @@ class Job:
         if variables.text(STORE) and secret is None:
             variables.problems.append(f"{STORE} is set but {SECRET} is not: a store only admits who holds the job's secret")
         transport = variables.choice(TRANSPORT, get_args(Transport), "auto")
+        device = variables.choice(DEVICE, get_args(Device), "auto")
         has_mpi = transport == "mpi" or source in ("openmpi", "hydra")
         if place.local_size < place.world_size and (secret is None or store is None) and not has_mpi:
             variables.problems.append(
@@ -135,6 +144,7 @@ class Job:
             layout=variables.text(LAYOUT),
             page_fd=page_fd if page_fd >= 0 else None,
             transport=cast(Transport, transport),
+            device=cast(Device, device),
             interface=variables.text(INTERFACE),
             streams=streams,
             timeout_s=timeout_s,

@@ -5,12 +5,12 @@ f16 and bf16 are widened to f32 and rounded once a fold, integers wrap, min and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["HALF", "divide", "fold"]
+__all__ = ["HALF", "divide", "fold", "fold_all"]
 
 HALF = frozenset({torch.float16, torch.bfloat16})
 
@@ -35,6 +35,23 @@ def fold(out: Tensor, left: Tensor, right: Tensor, reduction: str, divisor: int 
         out.copy_(wide)
         return
     FOLDS[reduction](left, right, out=out)
+    if divisor > 1:
+        divide(out, divisor)
+
+
+def fold_all(out: Tensor, parts: Sequence[Tensor], reduction: str, divisor: int = 1) -> None:
+    """Write parts[0] op parts[1] op ..., divided by `divisor`, into `out`, which shares no memory with any; f16 and bf16 are rounded once."""
+    if out.dtype in HALF:
+        wide = parts[0].float()
+        for part in parts[1:]:
+            wide = FOLDS[reduction](wide, part.float())
+        out.copy_(wide / divisor if divisor > 1 else wide)
+        return
+    if len(parts) == 1:
+        out.copy_(parts[0])
+    left = parts[0]
+    for part in parts[1:]:
+        left = FOLDS[reduction](left, part, out=out)
     if divisor > 1:
         divide(out, divisor)
 

@@ -5,6 +5,8 @@
     while not run.finished:
         run.advance()                                         # never blocks: many runs take turns
 
+Who works in rounds instead (rounds.py) takes the steps itself: `post` and `complete` for a message, `run_local` for the others.
+
 The queues and the dependencies are those of schedule.py. What differs from the core: a send or receive is begun, and later found complete, so that
 a few of each queue are under way at a time; they are taken to be complete in their order, as dependencies() assumes. What is to be folded
 arrives beside its destination. Schedules that work in registered memory are refused: there is none here.
@@ -25,7 +27,7 @@ from ringfold.collectives.schedule import FULL_BUFFERS, LOCAL_QUEUE, RECEIVING, 
 from ringfold.collectives.transport import Request
 from torch import Tensor
 
-__all__ = ["Execution", "Handle", "Plan", "PointToPoint"]
+__all__ = ["Execution", "Handle", "Plan", "PointToPoint", "Posted"]
 
 # Of one queue: enough that the next message is under way while the last is folded, and little memory for what has not been folded.
 IN_FLIGHT = 4
@@ -75,7 +77,7 @@ class Plan:
 
 
 @dataclass(slots=True)
-class _Posted:
+class Posted:
     """A message under way; `arriving` is where an operand lands that is to be folded."""
 
     index: int
@@ -90,7 +92,7 @@ class _QueueState:
         self.queue = queue
         self.indices = indices
         self.next = 0
-        self.posted: deque[_Posted] = deque()
+        self.posted: deque[Posted] = deque()
 
 
 class Execution:
@@ -106,6 +108,7 @@ class Execution:
         self._queues = [_QueueState(queue, indices) for queue, indices in plan.queues.items()]
         self._blocks: dict[Block, Tensor] = {}
         self._tensors = {buffer: None if tensor is None else tensor.detach() for buffer, tensor in self._vectors().items()}
+        self._device = next((tensor.device for tensor in self._tensors.values() if tensor is not None), None)
         self.steps = len(plan.schedule.steps)
         self.steps_done = 0
 
@@ -131,7 +134,7 @@ class Execution:
     def _turn(self, state: _QueueState) -> bool:
         moved = False
         while state.posted and state.posted[0].handle.test():
-            self._complete(state.posted.popleft())
+            self.complete(state.posted.popleft())
             moved = True
         while state.next < len(state.indices) and len(state.posted) < IN_FLIGHT:
             index = state.indices[state.next]
@@ -140,10 +143,9 @@ class Execution:
             state.next += 1
             moved = True
             if state.queue == LOCAL_QUEUE:
-                self._run_local(index)
-                self._mark(index)
+                self.run_local(index)
             else:
-                state.posted.append(self._post(index))
+                state.posted.append(self.post(index))
         return moved
 
     def _is_ready(self, index: int, state: _QueueState) -> bool:
@@ -160,22 +162,26 @@ class Execution:
         step = self._schedule.steps[index]
         return [self._schedule.cell(block) for block in (step.src, step.dst) if block is not None]
 
-    def _post(self, index: int) -> _Posted:
+    def post(self, index: int) -> Posted:
+        """Begin the message of a step."""
         step = self._schedule.steps[index]
         if step.kind not in RECEIVING:
-            return _Posted(index, self._wires.isend(self._block(step.src), step.peer, self._tag), None)
+            return Posted(index, self._wires.isend(self._block(step.src), step.peer, self._tag), None)
         place = self._block(step.dst)
         arriving = torch.empty_like(place) if step.kind is Kind.RECV_REDUCE else None
-        return _Posted(index, self._wires.irecv(place if arriving is None else arriving, step.peer, self._tag), arriving)
+        return Posted(index, self._wires.irecv(place if arriving is None else arriving, step.peer, self._tag), arriving)
 
-    def _complete(self, posted: _Posted) -> None:
+    def complete(self, posted: Posted) -> None:
+        """Do what a message that has passed is followed by."""
         step = self._schedule.steps[posted.index]
         if posted.arriving is not None:
             fold(self._block(step.dst), self._block(step.src), posted.arriving, self._request.reduction, self._divisor(step.final))
         self._mark(posted.index)
 
-    def _run_local(self, index: int) -> None:
+    def run_local(self, index: int) -> None:
+        """Take a step that is no message."""
         step = self._schedule.steps[index]
+        self._mark(index)
         if step.kind is Kind.FENCE:
             return
         target, source = self._block(step.dst), self._block(step.src)
@@ -218,13 +224,12 @@ class Execution:
     def _scratch(self) -> Tensor:
         """Slots as long as the longest chunk, one behind the other."""
         longest = max(end - begin for begin, end in itertools.pairwise(self._offsets[Buffer.SCRATCH]))
-        device = next((tensor.device for tensor in self._tensors.values() if tensor is not None), None)
-        return torch.empty(self._schedule.scratch_chunks, longest, dtype=self._request.dtype, device=device)
+        return torch.empty(self._schedule.scratch_chunks, longest, dtype=self._request.dtype, device=self._device)
 
     def _block(self, block: Block | None) -> Tensor:
         """Return the memory of a block, of this rank; a message without one is empty."""
         if block is None:
-            return torch.empty(0, dtype=self._request.dtype)
+            return torch.empty(0, dtype=self._request.dtype, device=self._device)
         known = self._blocks.get(block)
         if known is None:
             known = self._blocks[block] = self._cut(block)

@@ -56,6 +56,9 @@ class Issuer:
         self._topology = Topology.on_one_host(self.size)
         self._handle: object | None = None
         self._carrier: Transport | None = None  # who moves the bytes instead of the core
+        self._device: torch.device | None = None  # of the CUDA tensors, once there was one
+        self._stays: torch.device | None = None  # the same, unless they go through host memory
+        self._device_carrier: Transport | None = None  # who moves the bytes of those that stay
         self._closed = False
         self._plans: dict[tuple[object, ...], Plan] = {}
         self._shortcut: object | None = None  # of the core, for operations that were issued in the same form before
@@ -75,6 +78,10 @@ class Issuer:
         self._plans.clear()
         is_plain = self._handle is not None and self._carrier is None and self._order is None
         self._shortcut = core.shortcut(self._handle, self.session.sites.row_of) if is_plain else None
+
+    def _is_plain(self, tensor: torch.Tensor) -> bool:
+        """Tell whether the core, or what carries CUDA tensors, can work on the tensor's memory as it is."""
+        return tensor.is_contiguous() and (tensor.is_cpu or tensor.device == self._stays) and not tensor.is_neg()
 
     # -- checks -----------------------------------------------------------------------------------------------------------------------
 
@@ -149,18 +156,19 @@ class Issuer:
         some = output if input is None else input
         if some is None:
             dtype, source, target = torch.uint8, 0, 0
-        elif (input is None or _is_plain(input)) and (output is input or output is None or _is_plain(output)):
+        elif (input is None or self._is_plain(input)) and (output is input or output is None or self._is_plain(output)):
             dtype = some.dtype
             source = 0 if input is None else input.data_ptr()
             target = source if output is input else 0 if output is None else output.data_ptr()
         else:
             return self._issue_prepared(op, reduction, root, count, input, output, counts, output_counts, async_op, algorithm)
-        key = (op, dtype, reduction, count if output_counts is None else -1, counts is None, root, algorithm)
+        carrier = self._carrier if some is None or some.is_cpu else self._device_carrier
+        key = (op, dtype, reduction, count if output_counts is None else -1, counts is None, root, algorithm, carrier is None)
         plan = self._plans.get(key)
         if plan is None:
             if dtype not in DTYPES or (input is not None and output is not None and input.dtype is not output.dtype):
                 return self._issue_prepared(op, reduction, root, count, input, output, counts, output_counts, async_op, algorithm)
-            plan = self._plan(op, dtype, reduction, count, root, algorithm, counts is not None)
+            plan = self._plan(op, dtype, reduction, count, root, algorithm, counts is not None, carrier)
             if len(self._plans) < PLANS:
                 self._plans[key] = plan
         if self._closed or self.session.closed:
@@ -169,8 +177,8 @@ class Issuer:
             return _alone(input, output, async_op)
         if self._order is not None:
             self._order.meet(_describe(op, dtype, reduction, count, root, counts, output_counts))
-        if self._carrier is not None:
-            return self._carry(_request(op, reduction, dtype, count, input, output, counts, output_counts, root, algorithm), async_op)
+        if carrier is not None:
+            return self._carry(carrier, _request(op, reduction, dtype, count, input, output, counts, output_counts, root, algorithm), async_op)
         program, operation, dtype_code, code, offsets = plan
         if is_repeatable:
             core.remember(self._shortcut, op, reduction, algorithm, dtype, root, count, program, operation, dtype_code, code, offsets)
@@ -208,13 +216,14 @@ class Issuer:
         root: int,
         algorithm: str | None,
         is_uneven: bool,
+        carrier: Transport | None,
     ) -> Plan:
         """Check what is checked once for all operations like this one, choose a schedule, and compile it unless it is there already."""
         code = reduction_code(op, reduction)
         if op in FOLDING:
             require_arithmetic(dtype, reduction, self._where(op))
         self._require_open(op)
-        if self._carrier is not None:
+        if carrier is not None:
             return 0, OPERATIONS[op], DTYPES[dtype], code, None  # it chooses for itself
         nbytes = count * dtype.itemsize
         choice = self._choose(op, -1 if is_uneven and op == "all_to_all" else nbytes, algorithm)
@@ -248,10 +257,11 @@ class Issuer:
     ) -> Work | None:
         """Issue an operation on tensors that are not plain ones, and give the result back at its end."""
         where, arithmetic = self._where(op), reduction if op in FOLDING else None
+        self._meet_device(where, input, output)
         if input is not None and output is not None and input.dtype is not output.dtype:
             raise ConfigError(f"{where}: input is {input.dtype} but output is {output.dtype}")
-        into = None if output is None else prepare(output, where, arithmetic, reads=output is input)
-        out_of = into if output is input else None if input is None else prepare(input, where, arithmetic, writes=False)
+        into = None if output is None else prepare(output, where, arithmetic, reads=output is input, stays=self._stays)
+        out_of = into if output is input else None if input is None else prepare(input, where, arithmetic, writes=False, stays=self._stays)
         operand = out_of or into
         assert operand is not None  # a barrier is always plain
         factor = operand.factor
@@ -274,17 +284,40 @@ class Issuer:
             return None
         return Works([work], into.give_back)
 
+    def _meet_device(self, where: str, *tensors: torch.Tensor | None) -> None:
+        """At the first CUDA tensor, decide with the others which way those go; see that they stay on one GPU.
+
+        Raises: ConfigError, CommunicationError.
+        """
+        devices = {tensor.device for tensor in tensors if tensor is not None}
+        if len(devices) > 1:
+            raise ConfigError(f"{where}: input and output are on {' and '.join(sorted(map(str, devices)))}, expected one device")
+        (device,) = devices
+        if device.type != "cuda" or device == self._device:
+            return
+        if self._device is not None:
+            raise ConfigError(
+                f"{where} cannot take this tensor:\n  it is on {device}, expected {self._device}, where this communicator's others were"
+            )
+        if self._handle is not None:
+            from ringfold.collectives.cuda import open_transport  # only who uses it has it
+
+            self._device_carrier = open_transport(self, self._handle, self._fail, device)  # type: ignore[arg-type]  # the Communicator that we are
+        self._device = device
+        if self._device_carrier is not None or self._handle is None:
+            self._stays = device
+
     def _together(self, tensors: Sequence[torch.Tensor], issue: Callable[[torch.Tensor], Work | None], async_op: bool) -> Work | None:
         """Issue one operation for all small tensors of a dtype, packed into one, and one for each large one; all are in place."""
-        small: dict[torch.dtype, list[torch.Tensor]] = {}
+        small: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
         works = []
         for tensor in tensors:
-            if tensor.numel() * tensor.element_size() < PACKED_NBYTES and tensor.dtype in DTYPES and tensor.is_cpu:
-                small.setdefault(tensor.dtype, []).append(tensor.detach())
+            if tensor.numel() * tensor.element_size() < PACKED_NBYTES and tensor.dtype in DTYPES and (tensor.is_cpu or tensor.is_cuda):
+                small.setdefault((tensor.dtype, tensor.device), []).append(tensor.detach())
             elif (work := issue(tensor)) is not None:
                 works.append(work)
-        for dtype, group in small.items():
-            packed = registered.empty([sum(t.numel() for t in group)], dtype)
+        for (dtype, device), group in small.items():
+            packed = registered.empty([sum(t.numel() for t in group)], dtype, device)
             pieces = [p.view(t.shape) for p, t in zip(packed.split([t.numel() for t in group]), group, strict=True)]
             torch._foreach_copy_(pieces, group)
             work = issue(packed)
@@ -310,7 +343,7 @@ class Issuer:
         if self._carrier is not None:
             sent, received = (flat.view(-1), None) if op == "send" else (None, flat.view(-1))
             request = Request(op, "sum", flat.dtype, flat.numel(), sent, received, peer=-1 if peer is None else peer, tag=tag)
-            return self._carry(request, async_op, None if operand.original is None else operand.give_back)
+            return self._carry(self._carrier, request, async_op, None if operand.original is None else operand.give_back)
         handle = core.message(
             self._handle,
             op == "send",
@@ -328,10 +361,9 @@ class Issuer:
         work.wait()
         return None
 
-    def _carry(self, request: Request, async_op: bool, finish: Callable[[], None] | None = None) -> Work | None:
+    def _carry(self, carrier: Transport, request: Request, async_op: bool, finish: Callable[[], None] | None = None) -> Work | None:
         """Issue an operation of which the carrier moves the bytes."""
-        assert self._carrier is not None
-        work = self._carrier.begin(request, self.timeout_s, awaited=not async_op)
+        work = carrier.begin(request, self.timeout_s, awaited=not async_op)
         if finish is not None:
             work = Works([work], finish)
         self._keep(work)
@@ -400,11 +432,6 @@ def _request(
         root,
         algorithm=algorithm,
     )
-
-
-def _is_plain(tensor: torch.Tensor) -> bool:
-    """Tell whether the core can work on the tensor's memory as it is."""
-    return tensor.is_contiguous() and tensor.is_cpu and not tensor.is_neg()
 
 
 def _alone(input: torch.Tensor | None, output: torch.Tensor | None, async_op: bool) -> Work | None:

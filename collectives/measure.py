@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ["measure_links"]
 
+CPU = torch.device("cpu")
+
 _BARRIERS = 9
 # Sent by each rank at once: long enough to outweigh a step, and 2 ms at 1 Gbit/s. Once unmeasured, for TCP's slow start and for what a shaper
 # lets pass after a pause, then twice, of which the faster counts.
@@ -45,17 +47,17 @@ def measure_links(world: Communicator) -> tuple[Link, Link]:
         return near, far
     key = (membership.job.transport, membership.job.streams, *hosts, *membership.pids)
     # Every rank must take the same way, also where a measurement has failed on some of them.
-    is_known = torch.tensor([int(key in _known)])
+    is_known = torch.tensor([int(key in _known)], device=CPU)
     world.all_reduce(is_known, "min")
     if bool(is_known):
         return _known[key]
-    numbers = torch.zeros(2, 2, dtype=torch.float64)
+    numbers = torch.zeros(2, 2, dtype=torch.float64, device=CPU)
     for row, name in enumerate(("near", "far")):
         pair = _first_pair(hosts, is_near=name == "near")
         if pair is not None and world.rank in pair:
             measured = _alpha_beta(world, pair, f"measure {name}")
             if world.rank == pair[0]:
-                numbers[row] = torch.tensor(measured, dtype=torch.float64)
+                numbers[row] = torch.tensor(measured, dtype=torch.float64, device=CPU)
     world.all_reduce(numbers)  # of each row all ranks but one have zeros, so the sum is exact
     _known[key] = _as_measured(near, numbers[0]), _as_measured(far, numbers[1])
     return _known[key]
@@ -80,14 +82,14 @@ def _alpha_beta(world: Communicator, ranks: tuple[int, int], name: str) -> tuple
 
 
 def _measure(pair: Communicator) -> tuple[float, float]:
-    own, both = torch.zeros(_NBYTES, dtype=torch.uint8), torch.zeros(2 * _NBYTES, dtype=torch.uint8)
+    own, both = torch.zeros(_NBYTES, dtype=torch.uint8, device=CPU), torch.zeros(2 * _NBYTES, dtype=torch.uint8, device=CPU)
     step_s = statistics.median(_seconds(pair.barrier) for _ in range(_BARRIERS))
     exchanges_s = []
     for _ in range(3):
         pair.barrier()
         exchanges_s.append(_seconds(lambda: pair.all_gather(both, own)))
     # Who comes late finds everything there, and what it sends fits into the kernel's buffers: only the other sees the time that it took.
-    seen_s = torch.tensor([step_s, *exchanges_s[1:]], dtype=torch.float64)
+    seen_s = torch.tensor([step_s, *exchanges_s[1:]], dtype=torch.float64, device=CPU)
     pair.all_reduce(seen_s, "max")
     alpha_s, *exchanges_s = seen_s.tolist()
     exchange_s = min(exchanges_s)

@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
-from ringfold.collectives import mpi_requests, select
+from ringfold.collectives import carried, mpi_requests
 from ringfold.collectives._native import Outcome, check, core
 from ringfold.collectives.algorithms import build
-from ringfold.collectives.codes import ALGORITHMS, DTYPES, OPERATIONS, REDUCTIONS
+from ringfold.collectives.carried import MESSAGES, REDUCING
 from ringfold.collectives.cost import Topology
 from ringfold.collectives.errors import ConfigError
 from ringfold.collectives.fold import HALF
@@ -40,8 +39,6 @@ STANDS_AGAIN_S = 0.1
 # The core's error codes, see csrc/common/error.h.
 MISMATCH, CLOSED, SYSTEM = 3, 4, 5
 
-MESSAGES = ("send", "recv")
-REDUCING = ("all_reduce", "reduce_scatter", "reduce")
 SHORT = (torch.int8, torch.int16, torch.uint8)
 IN_PIECES = ("reduce_scatter", "all_gather", "gather", "scatter", "all_to_all")
 
@@ -203,11 +200,8 @@ class MpiTransport:
         return why is None and request.algorithm in (None, "native")
 
     def _plan(self, request: Request) -> Plan:
-        is_uneven = request.op == "all_to_all" and request.input_counts is not None
         topology = self._topology()
-        if not topology.is_hierarchical:  # ranks that share one host are like ranks on a host each: there is no registered memory
-            topology = replace(topology, hosts=tuple(range(self._size)))
-        choice = select.choose(request.op, -1 if is_uneven else request.count * request.dtype.itemsize, topology, request.algorithm)
+        choice = carried.choose(request, topology)
         key = (request.op, request.root, choice.algorithm, choice.variant, choice.segments)
         plan = self._plans.get(key)
         if plan is None:
@@ -222,19 +216,7 @@ class MpiTransport:
         return self._next_tag
 
     def _enter(self, request: Request, algorithm: str, timeout_s: float) -> object:
-        return core.enter(
-            self._communicator,
-            self.name,
-            ALGORITHMS[algorithm],
-            OPERATIONS[request.op],
-            DTYPES[str(request.dtype).removeprefix("torch.")],
-            REDUCTIONS[request.reduction],
-            request.tag if request.op in MESSAGES else request.root,
-            request.peer,
-            request.count,
-            timeout_s,
-            self._session.sites.row(0),
-        )
+        return carried.enter(self._session, self._communicator, self.name, request, algorithm, timeout_s)
 
 
 class _Running(Protocol):

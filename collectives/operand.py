@@ -1,4 +1,4 @@
-"""From a user's tensor to what the core communicates: flat, contiguous, in host memory, of a dtype that it knows.
+"""From a user's tensor to what is communicated: flat, contiguous, in host memory (or on the GPU, if it stays there), of a dtype that the core knows.
 
 What is that already goes as it is. A tensor with gaps is copied into registered memory, and a result back out of it. Complex numbers go as pairs.
 A dtype that the core does not compute with goes as bytes, where nothing is folded.
@@ -17,6 +17,7 @@ from ringfold.collectives.errors import ConfigError, nearest
 __all__ = ["DTYPES", "Operand", "prepare", "reduction_code", "require_arithmetic", "rescale"]
 
 DTYPES = {getattr(torch, name): code for name, code in DTYPE_CODES.items()}
+CPU = torch.device("cpu")
 BITWISE = frozenset({"band", "bor", "bxor"})
 OF_PAIRS = frozenset({"sum", "avg"})  # a complex sum is the sum of its parts; a product is not their product
 
@@ -36,16 +37,20 @@ class Operand:
             self.original.copy_(flat.view(self.original.shape))
 
 
-def prepare(tensor: torch.Tensor, where: str, reduction: str | None, reads: bool = True, writes: bool = True) -> Operand:
+def prepare(
+    tensor: torch.Tensor, where: str, reduction: str | None, reads: bool = True, writes: bool = True, stays: torch.device | None = None
+) -> Operand:
     """Return the operand of a tensor; `reads`: its values are needed, `writes`: it gets the result. `reduction` is None where nothing is folded.
+
+    stays: the device whose tensors are communicated where they are; those of others are copied to host memory and back.
 
     Raises: ConfigError, listing everything about the tensor that cannot work.
     """
     problems = []
     if tensor.is_sparse or tensor.layout is not torch.strided:
         problems.append(f"its layout is {tensor.layout}, expected torch.strided: send indices and values")
-    if not tensor.is_cpu:
-        problems.append(f"it is on {tensor.device}, expected cpu")
+    if not tensor.is_cpu and not tensor.is_cuda:
+        problems.append(f"it is on {tensor.device}, expected cpu or cuda")
     if reduction is not None:
         problems.extend(_arithmetic_problems(tensor.dtype, reduction))
     if problems:
@@ -54,8 +59,9 @@ def prepare(tensor: torch.Tensor, where: str, reduction: str | None, reads: bool
     if packed.is_complex():
         packed = torch.view_as_real(packed.resolve_conj())
     original = None
-    if not packed.is_contiguous() or packed.is_neg() or tensor.is_conj():
-        packed = _packed(packed, reads)
+    place = tensor.device if tensor.device == stays else CPU
+    if not packed.is_contiguous() or packed.is_neg() or tensor.is_conj() or tensor.device != place:
+        packed = _packed(packed, reads, place)
         original = tensor.detach() if writes else None
     # One element is contiguous whatever its stride says, but has to say 1 to be looked at as bytes.
     flat = packed.view(-1).as_strided((packed.numel(),), (1,))
@@ -64,9 +70,10 @@ def prepare(tensor: torch.Tensor, where: str, reduction: str | None, reads: bool
     return Operand(flat, _factor(tensor, flat), original)
 
 
-def _packed(tensor: torch.Tensor, reads: bool) -> torch.Tensor:
+def _packed(tensor: torch.Tensor, reads: bool, place: torch.device) -> torch.Tensor:
     """Return contiguous memory of the tensor's shape, registered where its dtype is the core's, with its values if they are needed."""
-    copy = registered.empty(tensor.shape, tensor.dtype) if tensor.dtype in DTYPES else torch.empty(tensor.shape, dtype=tensor.dtype)
+    is_known = tensor.dtype in DTYPES
+    copy = registered.empty(tensor.shape, tensor.dtype, place) if is_known else torch.empty(tensor.shape, dtype=tensor.dtype, device=place)
     return copy.copy_(tensor) if reads else copy
 
 

@@ -58,7 +58,7 @@ class OrderCheck:
     def _compare(self, description: str) -> None:
         comm = self._communicator
         mine = torch.frombuffer(bytearray(hashlib.blake2b(description.encode(), digest_size=16).digest()), dtype=torch.uint8)
-        everyone = torch.empty(16 * comm.size, dtype=torch.uint8)
+        everyone = torch.empty(16 * comm.size, dtype=torch.uint8, device="cpu")
         work = comm.all_gather(everyone, mine, async_op=True)
         assert work is not None
         suspicious_at = time.monotonic() + SUSPICION_S

@@ -15,6 +15,7 @@ from ringfold.collectives.errors import ConfigError
 
 __all__ = ["empty", "is_registered"]
 
+CPU = torch.device("cpu")
 # DLPack's (type code, bits). Bool travels as uint8 and is viewed back.
 DLPACK = {
     torch.float32: (2, 32),
@@ -30,8 +31,10 @@ DLPACK = {
 }
 
 
-def empty(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def empty(shape: Sequence[int], dtype: torch.dtype = torch.float32, device: torch.device = CPU) -> torch.Tensor:
     """Return an uninitialised contiguous tensor in registered memory; the memory goes back to the pool with its last view.
+
+    On another device than the CPU there is no registered memory, and the tensor is an ordinary one.
 
     Raises:
         ConfigError: the dtype cannot be reduced.
@@ -39,6 +42,8 @@ def empty(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Ten
     """
     if dtype not in DLPACK:
         raise ConfigError(f"empty: dtype {dtype} cannot be registered; expected one of {', '.join(map(str, DLPACK))}")
+    if device.type != CPU.type:
+        return torch.empty(tuple(shape), dtype=dtype, device=device)
     code, bits = DLPACK[dtype]
     sizes = tuple(map(int, shape))
     tensor: torch.Tensor = torch.utils.dlpack.from_dlpack(core.allocate(pool, prod(sizes) * bits // 8, code, bits, sizes))
@@ -47,4 +52,4 @@ def empty(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Ten
 
 def is_registered(tensor: torch.Tensor) -> bool:
     """Tell whether the tensor's memory lies in the pool."""
-    return bool(core.is_registered(pool, tensor.data_ptr(), tensor.numel() * tensor.element_size()))
+    return tensor.is_cpu and bool(core.is_registered(pool, tensor.data_ptr(), tensor.numel() * tensor.element_size()))

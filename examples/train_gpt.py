@@ -56,7 +56,7 @@ class GPT(nn.Module):
     def continue_text(self, text: bytes, count: int, context: int) -> str:
         generator, ids = torch.Generator().manual_seed(0), list(text)
         for _ in range(count):
-            logits_V = self(torch.tensor([ids[-context:]]))[0, -1]
+            logits_V = self(torch.tensor([ids[-context:]], device=self.embed.weight.device))[0, -1].cpu()
             ids.append(int(torch.multinomial(F.softmax(logits_V / 0.7, -1), 1, generator=generator)))
         return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in bytes(ids).decode(errors="replace"))
 

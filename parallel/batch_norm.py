@@ -110,7 +110,7 @@ def _global_statistics(x: torch.Tensor, comm: Communicator) -> tuple[int, torch.
     """Return (values per channel, mean, sum of squared deviations) over all ranks; the tensors are float64 of shape (C,)."""
     channels = x.shape[1]
     count = x.numel() // channels if channels else 0
-    mine = torch.zeros(2 * channels + 1, dtype=torch.float64)
+    mine = torch.zeros(2 * channels + 1, dtype=torch.float64, device=x.device)
     if count:
         variance, mean = torch.var_mean(_wide(x), dim=_all_but_channels(x), correction=0)
         mine[0] = count

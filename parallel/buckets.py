@@ -1,7 +1,7 @@
 """GradientBuckets: gradients live in a few flat tensors, and each of these is reduced as soon as backward has filled it.
 
 Parameters are taken in reverse order of their index, which is roughly the order in which backward finishes them, and never in the order
-in which hooks fire: that changes under torch.compile, and must be the same on all ranks. A bucket holds one dtype:
+in which hooks fire: that changes under torch.compile, and must be the same on all ranks. A bucket holds one dtype, on one device:
 
     | gradient of p9 | gradient of p8 | ... | used p9 | used p8 | ... |     each gradient starts at a multiple of 64 bytes
 
@@ -206,12 +206,12 @@ class GradientBuckets:
             self._comm.close()
 
     def _add_bucket(self, group: Group) -> None:
-        dtype = group[0][1].dtype
+        dtype, device = group[0][1].dtype, group[0][1].device
         offsets, end = [], 0
         for _, parameter in group:
             offsets.append(end)
             end += _aligned_numel(parameter)
-        flat = self._comm.empty(end + len(group), dtype=dtype).zero_()  # zeros in the gaps too: what is reduced must be a number
+        flat = self._comm.empty(end + len(group), dtype=dtype, device=device).zero_()  # zeros in the gaps too: what is reduced must be a number
         bucket = _Bucket(flat=flat, used=flat[end:])
         for position, ((name, parameter), offset) in enumerate(zip(group, offsets, strict=True)):
             view = flat[offset : offset + parameter.numel()].as_strided(parameter.shape, _strides_of_gradient(parameter))
@@ -310,19 +310,19 @@ class GradientBuckets:
 
 
 def _partition(named: Group, limit_nbytes: int) -> list[Group]:
-    """Group parameters, last one first, by dtype and into buckets of at most `limit_nbytes` (a larger parameter has its own)."""
+    """Group parameters, last one first, by dtype and device, into buckets of at most `limit_nbytes` (a larger parameter has its own)."""
     closed: list[Group] = []
-    filling: dict[torch.dtype, Group] = {}
-    filled_nbytes: dict[torch.dtype, int] = {}
+    filling: dict[tuple[torch.dtype, torch.device], Group] = {}
+    filled_nbytes: dict[tuple[torch.dtype, torch.device], int] = {}
     for name, parameter in reversed(named):
-        dtype, nbytes = parameter.dtype, _aligned_numel(parameter) * parameter.element_size()
+        kind, nbytes = (parameter.dtype, parameter.device), _aligned_numel(parameter) * parameter.element_size()
         limit = limit_nbytes if closed else min(limit_nbytes, int(_FIRST_BUCKET_MB * 2**20))
-        if dtype in filling and filled_nbytes[dtype] + nbytes > limit:
-            closed.append(filling.pop(dtype))
-        if dtype not in filling:
-            filling[dtype], filled_nbytes[dtype] = [], 0
-        filling[dtype].append((name, parameter))
-        filled_nbytes[dtype] += nbytes
+        if kind in filling and filled_nbytes[kind] + nbytes > limit:
+            closed.append(filling.pop(kind))
+        if kind not in filling:
+            filling[kind], filled_nbytes[kind] = [], 0
+        filling[kind].append((name, parameter))
+        filled_nbytes[kind] += nbytes
     return closed + list(filling.values())
 
 

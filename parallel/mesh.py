@@ -16,9 +16,21 @@ from itertools import product
 
 import torch
 from ringfold.collectives.communicator import Communicator
-from ringfold.collectives.environment import Job
+from ringfold.collectives.environment import DEVICE, Device, Job
 from ringfold.collectives.errors import ConfigError
 from ringfold.parallel.layout import AXES, Layout
+
+
+def choose_device(wanted: Device, local_rank: int) -> torch.device:
+    """Return where a rank keeps its model: a GPU if there is one, those of a host in turn, unless the CPU is wanted.
+
+    Raises: ConfigError, if a GPU is wanted and there is none.
+    """
+    if wanted == "cpu" or not torch.cuda.is_available():
+        if wanted == "cuda":
+            raise ConfigError(f"{DEVICE}=cuda: torch {torch.__version__} finds no CUDA device. `ringfold doctor` says what is there.")
+        return torch.device("cpu")
+    return torch.device("cuda", local_rank % torch.cuda.device_count())
 
 
 class DeviceMesh:
@@ -37,7 +49,7 @@ class DeviceMesh:
         self.rank = world.rank
         self.size = world.size
         self.local_rank = Job.from_environment().local_rank if local_rank is None else local_rank
-        self.device = torch.device("cpu")
+        self.device = choose_device(world.session.job.device, self.local_rank)
         self.coordinate = self.layout.coordinate(world.rank)
         self._communicators: dict[tuple[str, ...], Communicator] = {}
         self._closed = False

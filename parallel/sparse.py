@@ -31,8 +31,8 @@ def reduce_sparse(parameters: Sequence[nn.Parameter], comm: Communicator, averag
     if not parameters:
         yield
         return
-    mine = torch.tensor([_kind_and_count(parameter) for parameter in parameters], dtype=torch.int64)
-    gathered = torch.empty(comm.size * mine.numel(), dtype=torch.int64)
+    mine = torch.tensor([_kind_and_count(parameter) for parameter in parameters], dtype=torch.int64, device="cpu")
+    gathered = torch.empty(comm.size * mine.numel(), dtype=torch.int64, device="cpu")
     counting = comm.all_gather(gathered, mine.view(-1), async_op=True)
     yield
     _wait(counting)
@@ -44,7 +44,7 @@ def reduce_sparse(parameters: Sequence[nn.Parameter], comm: Communicator, averag
         elif any(counts):
             exchanges.append(_gather(parameter, counts, comm, averaged))
         elif _SPARSE in kinds:
-            parameter.grad = _sparse(parameter, torch.empty(0, dtype=torch.int64), parameter.new_empty(0))
+            parameter.grad = _sparse(parameter, torch.empty(0, dtype=torch.int64, device=parameter.device), parameter.new_empty(0))
     for exchange in exchanges:
         next(exchange)
     yield
@@ -68,10 +68,10 @@ def _gather(parameter: nn.Parameter, counts: list[int], comm: Communicator, aver
     grad = parameter.grad
     width = parameter.shape[1:].numel()
     if grad is None:
-        my_indices, my_values = torch.empty(0, dtype=torch.int64), parameter.new_empty(0)
+        my_indices, my_values = torch.empty(0, dtype=torch.int64, device=parameter.device), parameter.new_empty(0)
     else:
         my_indices, my_values = grad.indices().reshape(-1), grad.values().reshape(-1)
-    indices = torch.empty(sum(counts), dtype=torch.int64)
+    indices = torch.empty(sum(counts), dtype=torch.int64, device=parameter.device)
     values = parameter.new_empty(sum(counts) * width)
     works = [
         comm.all_gather(indices, my_indices, counts=counts, async_op=True),
@@ -87,7 +87,7 @@ def _gather(parameter: nn.Parameter, counts: list[int], comm: Communicator, aver
 
 def _reduce_densely(parameter: nn.Parameter, comm: Communicator, averaged: bool) -> Iterator[None]:
     grad = parameter.grad
-    dense = torch.zeros(parameter.shape, dtype=parameter.dtype) if grad is None else grad.detach()
+    dense = torch.zeros_like(parameter) if grad is None else grad.detach()
     dense = dense.to_dense() if dense.is_sparse else dense.contiguous()
     work = comm.all_reduce(dense, "avg" if averaged else "sum", async_op=True)
     yield

@@ -16,6 +16,7 @@ import sys
 import threading
 from types import TracebackType
 
+import torch
 from ringfold.collectives.communicator import Communicator
 from ringfold.collectives.communicator import world as join_world
 from ringfold.collectives.environment import Job
@@ -56,6 +57,8 @@ def init(layout: str | Layout | None = None) -> DeviceMesh:
     world = join_world(job)
     try:
         _mesh = DeviceMesh(chosen, world)
+        if _mesh.device.type == "cuda":
+            torch.cuda.set_device(_mesh.device)  # what the script calls "cuda" is this rank's
     except BaseException:
         world.close()
         raise

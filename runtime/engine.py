@@ -151,7 +151,7 @@ class Engine:
         tail = next(iter(filled))[0] if filled else rows.shape[1:]
         width = torch.Size(tail).numel()
         dtype = torch.uint8 if rows.dtype == torch.bool else rows.dtype
-        gathered = torch.empty(sum(shape[0] for shape, _ in kinds) * width, dtype=dtype)
+        gathered = torch.empty(sum(shape[0] for shape, _ in kinds) * width, dtype=dtype, device="cpu")
         self._comm.all_gather(gathered, rows.to("cpu", dtype).reshape(-1), counts=[shape[0] * width for shape, _ in kinds])
         return gathered.view(-1, *tail).to(rows.device, rows.dtype)
 

@@ -48,7 +48,7 @@ class GlobalMean:
         self._signature = rule.signature
         self._guess = 1.0  # a power of two, the same on all ranks, so that dividing by it loses nothing
         self._ahead = comm.empty(1, dtype=torch.float64).zero_()
-        self._sums = torch.empty(0, dtype=torch.float64)
+        self._sums = torch.empty(0, dtype=torch.float64, device="cpu")
         self._ahead_work: Work | None = None
         self._sums_work: Work | None = None
         self._policy = Policy.AHEAD
@@ -186,7 +186,7 @@ def global_mean(total: Tensor, count: float | Tensor, comm: Communicator | None 
         from ringfold.runtime.context import current_mesh
 
         comm = current_mesh()["dp"]
-    sums = torch.tensor([float(total.detach()), float(count)], dtype=torch.float64)
+    sums = torch.tensor([float(total.detach()), float(count)], dtype=torch.float64, device="cpu")
     comm.all_reduce(sums)
     if not sums[1] > 0:
         raise ConfigError(f"global_mean: the counts of all {comm.size} ranks add up to {float(sums[1])}. Skip batches without a valid target.")

@@ -127,9 +127,9 @@ def _with_holes(batch: Batch, loss: Callable[..., Any]) -> Batch:
     target = batch.target
     if not isinstance(rule, TorchLoss) or rule.ignore_index is None or not isinstance(target, Tensor) or target.is_floating_point():
         return batch
-    share = (torch.arange(batch.rows) % 4 / 3.0).view(-1, *[1] * (target.dim() - 1))
-    drawn = torch.rand(target.shape, generator=torch.Generator().manual_seed(0))
-    return Batch(batch.inputs, target.masked_fill(drawn < share, rule.ignore_index), batch.rows)
+    share = (torch.arange(batch.rows, device="cpu") % 4 / 3.0).view(-1, *[1] * (target.dim() - 1))
+    drawn = torch.rand(target.shape, generator=torch.Generator().manual_seed(0), device="cpu")
+    return Batch(batch.inputs, target.masked_fill((drawn < share).to(target.device), rule.ignore_index), batch.rows)
 
 
 def _mean(loss: Callable[..., Any], output: Any, target: Any) -> Tensor:

@@ -114,7 +114,7 @@ def _train_rank(job: _RankJob) -> tuple[list[Step], list[str]]:
 def _digest(weights: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for value in weights.values():
-        digest.update(value.contiguous().view(-1).view(torch.uint8).numpy().data)
+        digest.update(value.contiguous().view(-1).view(torch.uint8).cpu().numpy().data)
     return digest.hexdigest()
 
 

@@ -26,8 +26,8 @@ class SparseSum:
         self._tensor = tensor
         mine = tensor.detach().coalesce()
         form = [mine.sparse_dim(), *mine.shape]
-        told = torch.tensor([mine._nnz(), len(form), *form])
-        forms = torch.empty(communicator.size, len(told), dtype=torch.int64)
+        told = torch.tensor([mine._nnz(), len(form), *form], device="cpu")
+        forms = torch.empty(communicator.size, len(told), dtype=torch.int64, device="cpu")
         communicator.all_gather(forms, told)
         if any(other[1:] != told.tolist()[1:] for other in forms.tolist()):
             raise ConfigError(
@@ -37,8 +37,8 @@ class SparseSum:
         self._counts = forms[:, 0].tolist()
         values, indices = mine.values().contiguous(), mine.indices().t().contiguous()
         total = sum(self._counts)
-        self._indices = torch.empty(total, indices.shape[1], dtype=torch.int64)
-        self._values = torch.empty(total, *values.shape[1:], dtype=values.dtype)
+        self._indices = torch.empty(total, indices.shape[1], dtype=torch.int64, device=indices.device)
+        self._values = torch.empty(total, *values.shape[1:], dtype=values.dtype, device=values.device)
         self.works: list[Work] = []
         for gathered, own in ((self._indices, indices), (self._values, values)):
             width = own[0].numel() if len(own) else gathered[0].numel() if total else 0

@@ -39,8 +39,8 @@ def row(tensors: Sequence[Tensor]) -> Tensor | None:
 
 def stage(tensors: Sequence[Tensor], *, filled: bool) -> Tensor:
     """Return memory for the elements of all tensors, one after another; `filled` with them."""
-    count, dtype = sum(tensor.numel() for tensor in tensors), tensors[0].dtype
-    staged = registered.empty((count,), dtype) if dtype in DTYPES else torch.empty(count, dtype=dtype)
+    count, dtype, device = sum(tensor.numel() for tensor in tensors), tensors[0].dtype, tensors[0].device
+    staged = registered.empty((count,), dtype, device) if dtype in DTYPES else torch.empty(count, dtype=dtype, device=device)
     if filled:
         for tensor, piece in zip(tensors, _pieces(staged, tensors), strict=True):
             piece.copy_(tensor.detach())

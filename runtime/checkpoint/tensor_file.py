@@ -79,7 +79,7 @@ class TensorFile:
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """Return the elements of a tensor in row-major order as bytes; a view where it is contiguous on the CPU."""
     flat = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data
+    return flat.view(torch.uint8).cpu().numpy().data
 
 
 def read_tensors(path: Path, expected: Mapping[str, str]) -> dict[str, torch.Tensor]:

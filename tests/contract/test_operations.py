@@ -13,7 +13,7 @@ from ringfold.collectives.cost import Topology
 from torch import Tensor
 
 from tests.harness import run_ranks
-from tests.harness.cases import EVERY_DTYPE, Verdicts, finish, kinds_of_memory, random_values
+from tests.harness.cases import EVERY_DTYPE, Verdicts, finish, here, kinds_of_memory, random_values
 from tests.harness.compare import FLOATS, assert_bitwise_equal, assert_fold, fold_bound, reference
 
 every_world = pytest.mark.parametrize(("size", "transport"), [(n, t) for t in ("shm", "tcp") for n in (1, 2, 3, 5)])
@@ -26,7 +26,7 @@ def algorithms_for(op: str) -> list[str | None]:
 
 
 def memory(world: Any, values: Tensor, registered: bool) -> Tensor:
-    return world.empty(values.shape, dtype=values.dtype).copy_(values) if registered else values.clone()
+    return world.empty(values.shape, dtype=values.dtype).copy_(values) if registered else here(values)
 
 
 def uneven(size: int) -> list[int]:
@@ -274,21 +274,21 @@ def check_every_algorithm(world: Any) -> int:
             counts = [count // size + (r < count % size) for r in range(size)]
             own = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
             for algorithm in algorithms_for("all_reduce"):
-                tensor = inputs[rank].clone()
+                tensor = here(inputs[rank])
                 world.all_reduce(tensor, algorithm=algorithm)
                 assert_fold(tensor, expected, bound, f"all_reduce {dtype} x {count}, {algorithm}")
                 cases += 1
             for algorithm in algorithms_for("reduce_scatter"):
                 output = torch.zeros(counts[rank], dtype=dtype)
-                world.reduce_scatter(output, inputs[rank].clone(), counts=counts, algorithm=algorithm)
+                world.reduce_scatter(output, here(inputs[rank]), counts=counts, algorithm=algorithm)
                 assert_fold(output, expected[own], None if bound is None else bound[own], f"reduce_scatter {dtype} x {count}, {algorithm}")
             for algorithm in algorithms_for("all_gather"):
-                whole = torch.zeros_like(inputs[0])
-                world.all_gather(whole, inputs[0, own].clone(), counts=counts, algorithm=algorithm)
+                whole = here(torch.zeros_like(inputs[0]))
+                world.all_gather(whole, here(inputs[0, own]), counts=counts, algorithm=algorithm)
                 assert_bitwise_equal(whole, inputs[0], f"all_gather {dtype} x {count}, {algorithm}")
             for algorithm in algorithms_for("broadcast"):
                 root = count % size
-                tensor = inputs[rank].clone()
+                tensor = here(inputs[rank])
                 world.broadcast(tensor, root, algorithm=algorithm)
                 assert_bitwise_equal(tensor, inputs[root], f"broadcast {dtype} x {count} from {root}, {algorithm}")
     return cases
@@ -310,19 +310,19 @@ def check_hosts(world: Any, hosts: tuple[int, ...]) -> int:
             counts = [count // size + (r < count % size) for r in range(size)]
             own = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
             root = count % size
-            tensor = inputs[rank].clone()
+            tensor = here(inputs[rank])
             world.all_reduce(tensor, algorithm="hierarchical")
             assert_fold(tensor, expected, bound, f"all_reduce {dtype} x {count} on {hosts}")
             output = torch.zeros(counts[rank], dtype=dtype)
-            world.reduce_scatter(output, inputs[rank].clone(), counts=counts, algorithm="hierarchical")
+            world.reduce_scatter(output, here(inputs[rank]), counts=counts, algorithm="hierarchical")
             assert_fold(output, expected[own], None if bound is None else bound[own], f"reduce_scatter {dtype} x {count} on {hosts}")
-            whole = torch.zeros_like(inputs[0])
-            world.all_gather(whole, inputs[0, own].clone(), counts=counts, algorithm="hierarchical")
+            whole = here(torch.zeros_like(inputs[0]))
+            world.all_gather(whole, here(inputs[0, own]), counts=counts, algorithm="hierarchical")
             assert_bitwise_equal(whole, inputs[0], f"all_gather {dtype} x {count} on {hosts}")
-            tensor = inputs[rank].clone()
+            tensor = here(inputs[rank])
             world.broadcast(tensor, root, algorithm="hierarchical")
             assert_bitwise_equal(tensor, inputs[root], f"broadcast {dtype} x {count} from {root} on {hosts}")
-            tensor = inputs[rank].clone()
+            tensor = here(inputs[rank])
             world.reduce(tensor, root, algorithm="hierarchical")
             if rank == root:
                 assert_fold(tensor, expected, bound, f"reduce {dtype} x {count} to {root} on {hosts}")

@@ -23,8 +23,13 @@ def counts_for(size: int, reduction: str = "sum") -> list[int]:
 
 
 def kinds_of_memory(transport: str) -> tuple[bool, ...]:
-    """Over tcp registered memory is memory like any other."""
-    return (False, True) if transport == "shm" else (False,)
+    """Over tcp registered memory is memory like any other, and on a GPU there is none."""
+    return (False, True) if transport == "shm" and torch.get_default_device().type == "cpu" else (False,)
+
+
+def here(values: Tensor) -> Tensor:
+    """Return a copy of a case's values on torch's default device, where the tensors of the tests are; values are drawn on the CPU."""
+    return torch.empty_like(values, device=torch.get_default_device()).copy_(values)
 
 
 def random_values(dtype: torch.dtype, *shape: int, seed: int = 0, narrow: bool = False) -> Tensor:
@@ -32,16 +37,16 @@ def random_values(dtype: torch.dtype, *shape: int, seed: int = 0, narrow: bool =
 
     `narrow`: magnitudes in [1/2, 2), so that a product of eight stays finite and normal in every dtype.
     """
-    generator = torch.Generator().manual_seed(1000 * seed + EVERY_DTYPE.index(dtype))
+    generator = torch.Generator("cpu").manual_seed(1000 * seed + EVERY_DTYPE.index(dtype))
     if dtype is torch.bool:
-        return torch.rand(shape, generator=generator) < 0.5
+        return torch.rand(shape, generator=generator, device="cpu") < 0.5
     if dtype in INTEGERS:
         info = torch.iinfo(dtype)
-        return torch.randint(info.min, info.max, shape, dtype=dtype, generator=generator)
-    values = torch.randn(shape, dtype=torch.float64, generator=generator)
+        return torch.randint(info.min, info.max, shape, dtype=dtype, generator=generator, device="cpu")
+    values = torch.randn(shape, dtype=torch.float64, generator=generator, device="cpu")
     if narrow:
-        return (torch.sign(values) * torch.exp2(2 * torch.rand(shape, dtype=torch.float64, generator=generator) - 1)).to(dtype)
-    return (values * torch.exp2(torch.randint(-4, 5, shape, generator=generator).double())).to(dtype)
+        return (torch.sign(values) * torch.exp2(2 * torch.rand(shape, dtype=torch.float64, generator=generator, device="cpu") - 1)).to(dtype)
+    return (values * torch.exp2(torch.randint(-4, 5, shape, generator=generator, device="cpu").double())).to(dtype)
 
 
 class Memory:

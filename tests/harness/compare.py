@@ -75,6 +75,7 @@ def fold_bound(op: str, inputs: Tensor) -> Tensor:
 
 def assert_fold(actual: Tensor, expected: Tensor, bound: Tensor | None, case: str) -> None:
     """Check a reduction: integers exactly (modulo their width), floats within `bound` of the float64 reference."""
+    actual = actual.cpu()
     # Written so that a nan is wrong.
     right = actual == expected.to(actual.dtype) if bound is None else (actual.to(torch.float64) - expected).abs() <= bound
     wrong = ~right
@@ -89,7 +90,7 @@ def assert_fold(actual: Tensor, expected: Tensor, bound: Tensor | None, case: st
 
 def bits(tensor: Tensor) -> bytes:
     """Return the elements as they lie in memory: two tensors are the same only if these are (nan, -0.0)."""
-    return tensor.detach().clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8).numpy().tobytes()
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8).numpy().tobytes()
 
 
 def assert_bitwise_equal(actual: Tensor, expected: Tensor, case: str = "") -> None:

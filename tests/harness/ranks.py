@@ -240,6 +240,7 @@ def spawn_ranks(
             environment.JOB: job,
             environment.TIMEOUT_S: str(collective_timeout_s),
             environment.TRANSPORT: transport,
+            environment.DEVICE: "cpu",
             environment.FLIGHT_DIR: os.environ.get(environment.FLIGHT_DIR, ""),  # conftest.py's
         }
         own = [{environment.RANK: str(rank), environment.LOCAL_RANK: str(rank)} for rank in range(size)]

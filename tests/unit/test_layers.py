@@ -33,6 +33,7 @@ MAY_IMPORT_TORCH = {
     "collectives/order.py",
     "collectives/transport.py",
     *(f"collectives/process_group/{name}.py" for name in ("__init__", "bootstrap", "group", "sparse", "staging", "uncompiled", "work")),
+    *(f"collectives/cuda/{name}.py" for name in ("__init__", "driver", "nccl", "shared_device", "stream_transport", "window")),
     "collectives/fold.py",
     "collectives/interpreter.py",
     "collectives/mpi.py",

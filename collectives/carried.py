@@ -1,0 +1,46 @@
+"""What transports in Python libraries (MPI, NCCL, a shared GPU) have in common: an operation's place in the core's books, and its schedule.
+
+The core keeps the record, the deadline and the failure of an operation that another library carries out: `core.leave(handle)` says that it is
+complete, `core.abandon` that it cannot be; `core.done` before either says that it has failed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ringfold.collectives import select
+from ringfold.collectives._native import core
+from ringfold.collectives.codes import ALGORITHMS, DTYPES, OPERATIONS, REDUCTIONS
+from ringfold.collectives.cost import Topology
+from ringfold.collectives.session import Session
+from ringfold.collectives.transport import Request
+
+__all__ = ["MESSAGES", "REDUCING", "choose", "enter"]
+
+MESSAGES = ("send", "recv")
+REDUCING = ("all_reduce", "reduce_scatter", "reduce")
+
+
+def enter(session: Session, communicator: object, carrier: str, request: Request, algorithm: str, timeout_s: float) -> object:
+    """Note an operation in the core's books and return its handle."""
+    return core.enter(
+        communicator,
+        carrier,
+        ALGORITHMS[algorithm],
+        OPERATIONS[request.op],
+        DTYPES[str(request.dtype).removeprefix("torch.")],
+        REDUCTIONS[request.reduction],
+        request.tag if request.op in MESSAGES else request.root,
+        request.peer,
+        request.count,
+        timeout_s,
+        session.sites.row(0),
+    )
+
+
+def choose(request: Request, topology: Topology) -> select.Choice:
+    """Choose among the schedules that work in no registered memory, which only the core has."""
+    is_uneven = request.op == "all_to_all" and request.input_counts is not None
+    if not topology.is_hierarchical:  # ranks that share one host are like ranks on a host each
+        topology = replace(topology, hosts=tuple(range(topology.size)))
+    return select.choose(request.op, -1 if is_uneven else request.count * request.dtype.itemsize, topology, request.algorithm)
