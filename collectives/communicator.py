@@ -287,7 +287,10 @@ class Communicator(Issuer, Objects):
             raise ConfigError(
                 f"subgroup {name!r} of axis {self.name}: ranks {list(ranks)} must be distinct, below {self.size}, and include rank {self.rank}"
             )
-        return Communicator(self.session, tuple(self.members[r] for r in ranks), name, owns_session=False)
+        made = Communicator(self.session, tuple(self.members[r] for r in ranks), name, owns_session=False)
+        if self._device is not None:
+            made.use_device(self._device)
+        return made
 
     def split(self, color: int | None, key: int | None = None, name: str = "split") -> Communicator | None:
         """Return the communicator of all ranks that gave the same color, ordered by (key, rank); None for a rank whose color is None.
@@ -301,6 +304,18 @@ class Communicator(Issuer, Objects):
             return None
         ranks = sorted((r for r in range(self.size) if answers[r][0] == color), key=lambda r: (answers[r][1], r))
         return self.subgroup(ranks, name)
+
+    def use_device(self, device: torch.device) -> None:
+        """Decide now which way this rank's tensors on a GPU go, not at the first operation on one; every member calls it. Subgroups do it when made.
+
+        Else that first operation waits for all members, as no other does.
+        Raises: ConfigError: another GPU is in use already. CommunicationError.
+        """
+        self._require_open("use_device")
+        if device != self._device:
+            if self._device is not None:
+                raise ConfigError(f"{self._where('use_device')}: this rank's tensors are on {self._device}, not on {device}")
+            self._open_device(device)
 
     def empty(self, *shape: int | Sequence[int], dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> torch.Tensor:
         """Return an uninitialised contiguous tensor in registered memory, which collectives on one host fold where it lies; not collective.

@@ -299,6 +299,9 @@ class Issuer:
             raise ConfigError(
                 f"{where} cannot take this tensor:\n  it is on {device}, expected {self._device}, where this communicator's others were"
             )
+        self._open_device(device)
+
+    def _open_device(self, device: torch.device) -> None:
         if self._handle is not None:
             from ringfold.collectives.cuda import open_transport  # only who uses it has it
 

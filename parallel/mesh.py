@@ -50,6 +50,8 @@ class DeviceMesh:
         self.size = world.size
         self.local_rank = Job.from_environment().local_rank if local_rank is None else local_rank
         self.device = choose_device(world.session.job.device, self.local_rank)
+        if self.device.type == "cuda":
+            world.use_device(self.device)
         self.coordinate = self.layout.coordinate(world.rank)
         self._communicators: dict[tuple[str, ...], Communicator] = {}
         self._closed = False

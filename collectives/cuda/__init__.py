@@ -32,7 +32,7 @@ class _Place:
 
     host: str
     gpu: str
-    shares: bool  # the driver can map its memory into other processes, and order streams by it
+    has_driver: bool
     has_nccl: bool
 
 
@@ -43,7 +43,7 @@ def open_transport(communicator: Communicator, handle: object, fail: Callable[[O
     Raises: CommunicationError.
     """
     session = communicator.session
-    mine = _Place(session.membership.host_of[session.rank], str(_uuid(device)), driver.shares(device), _has_nccl())
+    mine = _Place(session.membership.host_of[session.rank], str(_uuid(device)), driver.is_present(), _has_nccl())
     places = communicator.all_gather_object(mine)
     if session.job.transport in ("tcp", "mpi"):
         return None
@@ -52,7 +52,7 @@ def open_transport(communicator: Communicator, handle: object, fail: Callable[[O
         from ringfold.collectives.cuda.nccl import NcclTransport  # a torch without NCCL cannot load it
 
         return NcclTransport.open(communicator, handle, fail, device)
-    if len(gpus) == 1 and all(place.shares for place in places):
+    if len(gpus) == 1 and all(place.has_driver for place in places):
         from ringfold.collectives.cuda.shared_device import SharedDeviceTransport
 
         return SharedDeviceTransport.open(communicator, handle, fail, device)

@@ -7,19 +7,17 @@ torch (`tensor.data_ptr()`, `stream.cuda_stream`); the context is the one that t
 from __future__ import annotations
 
 import ctypes
-from ctypes import byref, c_char_p, c_int, c_size_t, c_ubyte, c_uint, c_uint32, c_uint64, c_void_p
+from ctypes import byref, c_char_p, c_size_t, c_ubyte, c_uint, c_uint32, c_uint64, c_void_p
 from functools import cache
 from typing import Any
 
 import torch
 from ringfold.collectives.errors import CommunicationError
 
-__all__ = ["HANDLE_NBYTES", "allocate", "close_handle", "export_handle", "free", "open_handle", "shares", "view", "wait_at_least", "write"]
+__all__ = ["HANDLE_NBYTES", "allocate", "close_handle", "export_handle", "free", "is_present", "open_handle", "view", "wait_at_least", "write"]
 
 HANDLE_NBYTES = 64
-# CUdevice_attribute, CUipcMem_flags and CUstreamWaitValue_flags in cuda.h
-_CAN_USE_STREAM_MEM_OPS = 92
-_UNIFIED_ADDRESSING = 41
+# CUipcMem_flags and CUstreamWaitValue_flags in cuda.h
 _LAZY_ENABLE_PEER_ACCESS = 1
 _GREATER_OR_EQUAL = 0
 
@@ -48,19 +46,13 @@ def _check(code: int, what: str) -> None:
         raise CommunicationError(f"{what} failed: {(text.value or b'unknown error').decode()} (CUDA driver error {code})")
 
 
-def shares(device: torch.device) -> bool:
-    """Tell whether the device's memory can be mapped by other processes, and streams wait for words in it."""
-    value, number = c_int(), c_int()
+def is_present() -> bool:
+    """Tell whether there is a driver with these calls; whether the device can carry them out, the first of each says."""
     try:
-        library = _library()
-        index = torch.cuda.current_device() if device.index is None else device.index
-        torch.cuda.synchronize(device)  # makes the context, and with it the driver, ready
-        if library.cuDeviceGet(byref(number), index):
-            return False
-        wanted = (_CAN_USE_STREAM_MEM_OPS, _UNIFIED_ADDRESSING)
-        return all(library.cuDeviceGetAttribute(byref(value), attribute, number) == 0 and value.value for attribute in wanted)
-    except (OSError, AttributeError):  # no driver, or one without these calls
+        _library()
+    except (OSError, AttributeError):
         return False
+    return True
 
 
 def allocate(nbytes: int) -> int:

@@ -57,6 +57,7 @@ class NcclTransport(StreamTransport):
         options: Any = dist.ProcessGroupNCCL.Options()
         options._timeout = timedelta(seconds=communicator.timeout_s)
         options.is_high_priority_stream = True
+        self._store = store  # torch keeps the C++ part of it only
         self._group: Any = dist.ProcessGroupNCCL(store, self.rank, self.size, options)
         self._group.eager_connect_single_device(device)
         self._released = False

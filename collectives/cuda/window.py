@@ -36,6 +36,7 @@ class Window:
         self._nbytes = WORDS_NBYTES + SLOTS * slot_nbytes
         self._own = driver.allocate(self._nbytes)
         driver.view(self._own, WORDS_NBYTES, device).zero_()
+        driver.write(torch.cuda.current_stream(device), self._own, 0)  # so that a device that cannot do it says so now
         torch.cuda.synchronize(device)
         self._bases: list[int] = []
         self._memory: list[torch.Tensor] = []

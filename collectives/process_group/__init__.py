@@ -10,8 +10,8 @@
     sparse.py       the sum of sparse tensors
     uncompiled.py   keeps torch.compile away from all of it
 
-A group that torch makes of some ranks of the world is a subgroup of the world's communicator. CPU tensors only, and a ringfold group serves
-all devices by itself: "cpu:ringfold,cuda:nccl" is not possible, for torch lets Python replace a whole process group only.
+A group that torch makes of some ranks of the world is a subgroup of the world's communicator. A ringfold group serves all devices by itself:
+"cpu:ringfold,cuda:nccl" is not possible, for torch lets Python replace a whole process group only. CUDA tensors go as a communicator's do.
 """
 
 from __future__ import annotations
@@ -52,4 +52,4 @@ def _create(options: Any, _: object) -> ProcessGroup:
     return ProcessGroup(options.store, communicator, threads, owned)
 
 
-dist.Backend.register_backend(BACKEND, _create, extended_api=True, devices=["cpu"])
+dist.Backend.register_backend(BACKEND, _create, extended_api=True, devices=["cpu", "cuda"])

@@ -29,7 +29,7 @@ from torch._C._distributed_c10d import Store
 
 __all__ = ["ProcessGroup"]
 
-_CPU = torch.device("cpu")
+_CPU, _CUDA = torch.device("cpu"), torch.device("cuda")
 _OPS: Any = dist.ReduceOp.RedOpType
 _REDUCTIONS = {
     _OPS.SUM: {"op": "sum"},
@@ -224,11 +224,11 @@ class ProcessGroup(dist.ProcessGroup):
 
     @property
     def _device_types(self) -> list[torch.device]:
-        return [_CPU]
+        return [_CPU, _CUDA] if torch.cuda.is_available() else [_CPU]
 
     def _get_backend(self, device: torch.device) -> Any:
-        if device.type != _CPU.type:
-            raise RuntimeError(f"a ringfold process group has no backend for {device}: it serves CPU tensors")
+        if device.type not in (_CPU.type, _CUDA.type):
+            raise RuntimeError(f"a ringfold process group has no backend for {device}: it serves CPU and CUDA tensors")
         return self
 
     def _set_sequence_number_for_group(self) -> None:
@@ -257,13 +257,13 @@ class ProcessGroup(dist.ProcessGroup):
     ) -> dist.Work:
         native = operation(*args, async_op=opts.asyncOp, **options)
         if native is not None:
-            return self._begun(Work(native, outputs, self._lane, finish))
+            return self._begun(Work(native, outputs, self._lane, finish, _device(outputs)))
         if finish is not None:
             finish()
         return DONE
 
     def _together(self, opts: Any, outputs: Any, works: Sequence[Any], finish: Callable[[], None] | None = None) -> dist.Work:
-        work = Work(Together(works), outputs, self._lane, finish)
+        work = Work(Together(works), outputs, self._lane, finish, _device(outputs))
         if opts.asyncOp:
             return work
         work.wait()
@@ -303,6 +303,15 @@ class ProcessGroup(dist.ProcessGroup):
     getGroupDesc = lambda self: self._group_desc  # noqa: E731
     setGroupName = _set_group_name
     setGroupDesc = _set_group_desc
+
+
+def _device(outputs: Any) -> torch.device | None:
+    """Return the GPU of the first tensor in (lists of) outputs; None if it is not on one, or there is none."""
+    while isinstance(outputs, list | tuple):
+        if not outputs:
+            return None
+        outputs = outputs[0]
+    return outputs.device if outputs.is_cuda else None
 
 
 def _reduction(op: Any) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from queue import SimpleQueue
 from time import monotonic, sleep
 from typing import Any, Protocol
 
+import torch
 import torch.distributed as dist
 from ringfold.collectives.errors import CollectiveTimeout, CommunicationError
 from ringfold.collectives.process_group.uncompiled import uncompiled
@@ -136,19 +137,28 @@ class Work(dist.Work):
 
     order: the lane of the works that end in the order in which they began, or threads, for one that ends when it ends.
     finish: what is to be done once when it is complete, before anybody learns of it.
+    device: the GPU whose streams are ordered by the work; None where the CPU waits.
     """
 
-    def __init__(self, native: Native, outputs: Any, order: Lane | Threads, finish: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        native: Native,
+        outputs: Any,
+        order: Lane | Threads,
+        finish: Callable[[], None] | None = None,
+        device: torch.device | None = None,
+    ) -> None:
         super().__init__()
         self._native = native
         self._outputs = outputs
         self._order = order
         self._finish = finish
         self._lock = threading.Lock() if finish is not None else None
+        self._device = device
         self._future: Future[Any] | None = None
 
     def wait(self, timeout: timedelta | None = None) -> bool:
-        """Block until the operation is complete, or for `timeout` if it is not zero.
+        """Block until the operation is complete, or for `timeout` if it is not zero; on a GPU have the current stream wait instead.
 
         Raises:
             CommunicationError: see Communicator; CollectiveTimeout also at this call's timeout, after which the operation goes on.
@@ -191,7 +201,7 @@ class Work(dist.Work):
         return None
 
     def synchronize(self) -> None:
-        """Wait: there are no streams to order."""
+        """Wait, as `wait` does."""
         self.wait()
 
     def result(self) -> Any:
@@ -207,10 +217,13 @@ class Work(dist.Work):
     def get_future(self) -> Future[Any]:
         """Return the future of the outputs, always the same; its callbacks run on a thread that may wait."""
         if self._future is None:
-            completed: Future[None] = Future()
+            completed: Future[None] = Future() if self._device is None else Future(devices=[self._device])
             # A result that is computed in a callback, since only there an exception becomes one that C++ (DDP's reducer) sees.
             self._future = completed.then(self._resolve)
-            self._order.complete(self._native, completed)
+            if self._device is None:
+                self._order.complete(self._native, completed)
+            else:  # as of a stream: the callback has one of its own, which waits, and whoever takes the result waits for that
+                completed.set_result(None)
         return self._future
 
     def _resolve(self, _: Future[None]) -> Any:

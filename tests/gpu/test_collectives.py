@@ -170,6 +170,7 @@ def check_orders(world: Any, rounds: int) -> None:
     import random
 
     rank = world.rank
+    world.use_device(torch.device("cuda", 0))  # the first CUDA operation of a communicator waits for all members; so do subgroups then, when made
     row = world.subgroup([rank // 2 * 2, rank // 2 * 2 + 1], f"row {rank // 2}")
     column = world.subgroup([rank % 2, rank % 2 + 2], f"column {rank % 2}")
     order = random.Random(rank)

@@ -26,7 +26,8 @@ def test_nccl_meets_through_the_jobs_store_and_its_collectives_of_one_rank_are_r
     with StoreServer(SECRET) as server, Store(server.address, SECRET, 20.0) as client:
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = timedelta(seconds=20)
-        group = dist.ProcessGroupNCCL(JobStore(client, "test/", 20.0), 0, 1, options)
+        store = JobStore(client, "test/", 20.0)
+        group = dist.ProcessGroupNCCL(store, 0, 1, options)
         group.eager_connect_single_device(device)
         for dtype in (torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.bool):
             values = torch.arange(1001, device=device).remainder(2).to(dtype)

@@ -61,7 +61,7 @@ def fold_bound(op: str, inputs: Tensor) -> Tensor:
     """Return the greatest |computed - reference| that a right fold of `inputs` [ranks, count] can have, in float64."""
     n, dtype = inputs.shape[0], inputs.dtype
     if op in ("min", "max"):
-        return torch.zeros(inputs.shape[1:], dtype=torch.float64)
+        return torch.zeros(inputs.shape[1:], dtype=torch.float64, device=inputs.device)
     u, wide = unit_roundoff(dtype), inputs.to(torch.float64)
     # The reference itself rounds in float64, which matters where dtype is float64.
     u += torch.finfo(torch.float64).eps / 2

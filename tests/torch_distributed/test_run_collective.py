@@ -1,14 +1,13 @@
-"""What NCCL is asked to do for a request is right: the same calls, on torch's gloo, give what one process computes."""
+"""What NCCL is asked to do for a request is right: the same calls on torch's gloo give what one process computes. The job's store serves them."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from ringfold.collectives.cuda.nccl import run_collective, why_not_native
+from ringfold.collectives.cuda.nccl import JobStore, run_collective, why_not_native
 from ringfold.collectives.transport import Request
 
 from tests.harness import run_ranks
@@ -16,8 +15,9 @@ from tests.harness.cases import EVERY_DTYPE, random_values
 from tests.harness.compare import FLOATS, assert_bitwise_equal, assert_fold, fold_bound, reference
 
 
-def check(world: Any, path: str) -> int:
-    group: Any = dist.ProcessGroupGloo(dist.FileStore(path, world.size), world.rank, world.size)
+def check(world: Any) -> int:
+    store = JobStore(world.session.membership.store, "gloo/", 20.0)
+    group: Any = dist.ProcessGroupGloo(store, world.rank, world.size)
     size, rank, cases = world.size, world.rank, 0
     for dtype in EVERY_DTYPE:
         for reduction in ("sum", "avg", "prod", "min", "max"):
@@ -58,8 +58,8 @@ def check(world: Any, path: str) -> int:
     return cases
 
 
-def test_what_is_asked_of_torch_for_a_request_is_what_the_request_means(tmp_path: Path) -> None:
-    assert min(run_ranks(3, check, str(tmp_path / "store"))) >= 25
+def test_what_is_asked_of_torch_for_a_request_is_what_the_request_means() -> None:
+    assert min(run_ranks(3, check)) >= 25
 
 
 @pytest.mark.parametrize(
