@@ -138,7 +138,7 @@ def describe_machine() -> dict[str, Any]:
     """Say on which machine, with which versions, and by which command."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": f"{_cpu_model()}, {len(os.sched_getaffinity(0))} cores, {_memory_gib()} GiB, Linux {platform.release()}",
+        "machine": f"{_cpu_model()}, {len(os.sched_getaffinity(0))} cores, {_memory_gib()} GiB, {_gpus()}Linux {platform.release()}",
         "versions": {"ringfold": ringfold.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
     }
@@ -165,6 +165,11 @@ def _cpu_model() -> str:
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.machine()
+
+
+def _gpus() -> str:
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    return "".join(f"{names.count(name)} x {name}, " for name in dict.fromkeys(names))
 
 
 def _memory_gib() -> int:

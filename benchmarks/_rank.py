@@ -75,6 +75,7 @@ class Prepared:
 def prepare(side: Side, request: dict[str, Any]) -> Prepared:
     operation = OPERATIONS[request["operation"]]
     case = Case(side.rank, side.size, request["count"], getattr(torch, request["dtype"]), request["reduction"])
+    side.device = torch.device(request["device"])
     side.choose(request["memory"], request["algorithm"])
     if not hasattr(side, request["operation"]):
         raise Unsupported(f"no {request['operation']}")
@@ -84,6 +85,12 @@ def prepare(side: Side, request: dict[str, Any]) -> Prepared:
     return Prepared(operation.bind(side, output, input, case), own, input, output, expected)
 
 
+def settle(prepared: Prepared) -> None:
+    """Wait until the GPU has done what it was asked to, if the case's tensors are on one: the end of the call is not the end of the operation."""
+    if any(tensor is not None and tensor.is_cuda for tensor in (prepared.input, prepared.output)):
+        torch.cuda.synchronize()
+
+
 def time_calls(prepared: Prepared, barrier: Barrier, calls: int) -> dict[str, Any]:
     seconds, result = [], None
     for number in range(calls):
@@ -91,13 +98,15 @@ def time_calls(prepared: Prepared, barrier: Barrier, calls: int) -> dict[str, An
             prepared.input.copy_(prepared.own)
         if number == calls - 1 and prepared.output is not None and prepared.output is not prepared.input:
             prepared.output.fill_(POISON)
+        settle(prepared)
         barrier.wait()
         start = time.perf_counter()
         result = prepared.call()
+        settle(prepared)
         seconds.append(time.perf_counter() - start)
         barrier.wait()  # the floor's ranks write to each other's memory: nobody refills or checks before all are done
     output = result if isinstance(result, Tensor) else prepared.output
-    wrong = int((output != prepared.expected).sum()) if output is not None and prepared.expected is not None else 0
+    wrong = int((output.cpu() != prepared.expected).sum()) if output is not None and prepared.expected is not None else 0
     return {"seconds": seconds, "wrong": wrong}
 
 

@@ -62,8 +62,8 @@ class Point:
 class Sweep:
     """Groups of ranks of one size, their sides, and what has become of those that failed."""
 
-    def __init__(self, size: int, max_nbytes: int, timeout_s: float) -> None:
-        self.size, self.max_nbytes, self.timeout_s = size, max_nbytes, timeout_s
+    def __init__(self, size: int, max_nbytes: int, timeout_s: float, device: str) -> None:
+        self.size, self.max_nbytes, self.timeout_s, self.device = size, max_nbytes, timeout_s, device
         self.sides: list[Side] = []
         self.failures: list[str] = []
         self.versions: dict[str, str] = {}
@@ -101,7 +101,7 @@ class Sweep:
 
     def _prepare(self, side: Side, point: Point) -> bool:
         request: dict[str, Any] = {"do": "prepare", "case": side.name, "memory": side.memory, "algorithm": side.algorithm}
-        request |= {"operation": point.operation, "count": point.count, "dtype": point.dtype, "reduction": point.reduction}
+        request |= {"device": self.device, "operation": point.operation, "count": point.count, "dtype": point.dtype, "reduction": point.reduction}
         replies = self._ask(side, request)
         if replies is None or any("unsupported" in reply for reply in replies):
             return False
@@ -243,6 +243,7 @@ def command(operation: str) -> click.Command:
         names: list[str] | None,
         rounds: int,
         timeout_s: float,
+        device: str,
         json_path: Path | None,
         plot_path: Path | None,
     ) -> None:
@@ -250,7 +251,9 @@ def command(operation: str) -> click.Command:
             raise click.UsageError(f"--begin {begin} --end {end}: expected begin <= end")
         if reduction == "prod" and max(ranks) > MOST_RANKS_OF_PROD:
             raise click.UsageError(f"--op prod: the check is exact for up to {MOST_RANKS_OF_PROD} ranks, and there are {max(ranks)}")
-        chosen, missing = default_sides(operation, reduction)
+        if device == "cuda" and not torch.cuda.is_available():
+            raise click.UsageError(f"--device cuda: torch {torch.__version__} finds no CUDA device; `ringfold doctor` says what is there")
+        chosen, missing = default_sides(operation, reduction) if device == "cpu" else (["unregistered", "gloo"], [])
         if names is not None:
             chosen, missing = [name for name in names if name not in missing], [name for name in names if name in missing]
         for number in (signal.SIGTERM, signal.SIGHUP):
@@ -260,7 +263,7 @@ def command(operation: str) -> click.Command:
         machine = describe_machine()
         for size in ranks:
             click.echo(f"# {operation}, {size} ranks\n{HEADER}")
-            with Sweep(size, max(end, 64) * 2, timeout_s) as sweep:
+            with Sweep(size, max(end, 64) * 2, timeout_s, device) as sweep:
                 start_sides(sweep, chosen, algorithms, transports)
                 for dtype in dtypes if OPERATIONS[operation].moves else dtypes[:1]:
                     for point in points(operation, size, dtype, reduction, sizes(begin, end, factor)):
@@ -294,6 +297,7 @@ def command(operation: str) -> click.Command:
         click.option("--sides", "names", type=Names(SIDES), help=f"Out of {', '.join(SIDES)}.  [default: what is installed]"),
         click.option("--rounds", type=click.IntRange(1), default=5, show_default=True),
         click.option("--timeout", "timeout_s", type=click.FloatRange(1), default=60.0, show_default=True, help="Seconds for a round of a side."),
+        click.option("--device", type=click.Choice(("cpu", "cuda")), default="cpu", show_default=True, help="Where the tensors are."),
         click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write all rounds there."),
         click.option("--plot", "plot_path", type=click.Path(path_type=Path, dir_okay=False), help="Draw time and bus bandwidth there (.png, .svg)."),
     ]

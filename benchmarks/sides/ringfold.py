@@ -22,7 +22,7 @@ class Ringfold(Side):
         self.algorithm = None if algorithm == "auto" else algorithm
 
     def empty(self, count: int, dtype: torch.dtype) -> Tensor:
-        return self.comm.empty(count, dtype=dtype) if self.registered else torch.empty(count, dtype=dtype)
+        return self.comm.empty(count, dtype=dtype) if self.registered else super().empty(count, dtype)
 
     def version(self) -> str:
         return rf.__version__

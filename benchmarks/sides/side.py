@@ -27,16 +27,17 @@ class Place:
 
 
 class Side:
-    """A library's ranks; sets `rank` and `size`."""
+    """A library's ranks; sets `rank` and `size`. `device` is where the tensors of the case are that is prepared."""
 
     rank: int
     size: int
+    device = torch.device("cpu")
 
     def choose(self, memory: str, algorithm: str) -> None:
         """Use this kind of memory and this algorithm from now on."""
 
     def empty(self, count: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(count, dtype=dtype)
+        return torch.empty(count, dtype=dtype, device=self.device)
 
     def version(self) -> str:
         """Return the library's name and version."""

@@ -72,12 +72,12 @@ class NcclTransport(StreamTransport):
         sends, receives = ([each for each in messages if each[1].numel()] for messages in (sends, receives))
         if not sends and not receives:
             return
-        self._group._start_coalescing(self.device)
+        self._group._start_coalescing()
         for peer, tensor in sends:
             self._group.send([_bytes(tensor)], peer, 0)
         for peer, tensor in receives:
             self._group.recv([_bytes(tensor)], peer, 0)
-        self._group._end_coalescing(self.device).wait()
+        self._group._end_coalescing().wait()
 
     def release(self) -> None:
         if not self._released:

@@ -95,6 +95,7 @@ class SharedDeviceTransport(StreamTransport):
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
         tensors = [tensor for _, tensor in (*sends, *receives)]
         if not tensors:
+            self._turn = (self._turn + 1) % SLOTS
             return
         places = dict(receives)
 

@@ -89,7 +89,10 @@ class StreamTransport:
         raise NotImplementedError
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
-        """Put messages on the current stream that pass as one group: at most one to each rank and one from each, none to itself."""
+        """Put messages on the current stream that pass as one group: at most one to each rank and one from each, none to itself.
+
+        All ranks do it at the same place among their operations; some may have nothing to send or to receive.
+        """
         raise NotImplementedError
 
     def release(self) -> None:
@@ -177,8 +180,7 @@ class StreamTransport:
         run = Execution(plan, request, group, 0)
         for round_ in of_rank:
             posted = [run.post(step) for step in round_.messages]
-            if posted:
-                self.exchange(*group.take())
+            self.exchange(*group.take())
             for message in posted:
                 run.complete(message)
             for step in round_.local:
@@ -270,11 +272,15 @@ class _Watch:
             self._changed.notify()
 
     def close(self) -> None:
-        """End the thread."""
+        """End the thread; nothing is in flight any more."""
         with self._changed:
             self.is_open = False
             self._changed.notify()
         self._thread.join()
+        for operation in self._in_flight:
+            operation.settle()
+        self._in_flight = []
+        del self._transport  # it refers to us
 
     def _run(self) -> None:
         torch.cuda.set_device(self._transport.device)

@@ -43,10 +43,10 @@ def test_nccl_meets_through_the_jobs_store_and_its_collectives_of_one_rank_are_r
                         torch.cuda.synchronize()
                         assert torch.equal(output, values), f"{op} {dtype} {reduction}"
         sent, received = torch.arange(9.0, device=device), torch.zeros(9, device=device)
-        group._start_coalescing(device)
+        group._start_coalescing()
         group.send([sent.view(torch.uint8)], 0, 0)
         group.recv([received.view(torch.uint8)], 0, 0)
-        group._end_coalescing(device).wait()
+        group._end_coalescing().wait()
         torch.cuda.synchronize()
         assert torch.equal(sent, received)
         group.shutdown()

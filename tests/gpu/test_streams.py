@@ -26,7 +26,7 @@ def check_order(world: Any) -> list[float]:
     torch.cuda.synchronize()
     began = time.perf_counter()
     issued = []
-    for number in range(3):
+    for number in range(4):
         torch.cuda._sleep(SLOW_CYCLES)
         tensor.fill_(world.rank + number)
         work = world.all_reduce(tensor, async_op=True)
@@ -39,7 +39,7 @@ def check_order(world: Any) -> list[float]:
         assert beside == 1000
         assert work.done()
         began = time.perf_counter()
-    return issued
+    return issued[1:]  # a kernel that is used for the first time is loaded, which waits
 
 
 def test_operations_wait_for_the_stream_and_the_stream_for_them_but_not_the_cpu() -> None:
