@@ -347,6 +347,8 @@ class Communicator(Issuer, Objects):
     @property
     def counters(self) -> dict[str, OperationCounter]:
         """What each kind of operation of this rank, on all its communicators, has come to: calls, bytes, time, and time blocked."""
+        if self._device_carrier is not None:
+            self._device_carrier.poll()
         return self.page.counters()
 
     @property

@@ -27,6 +27,7 @@ from ringfold.collectives.transport import Request, Transport
 from ringfold.collectives.work import Work, Works
 
 if TYPE_CHECKING:
+    from ringfold.collectives.cuda.stream_transport import StreamTransport
     from ringfold.collectives.order import OrderCheck
 
 __all__ = ["Issuer"]
@@ -58,7 +59,7 @@ class Issuer:
         self._carrier: Transport | None = None  # who moves the bytes instead of the core
         self._device: torch.device | None = None  # of the CUDA tensors, once there was one
         self._stays: torch.device | None = None  # the same, unless they go through host memory
-        self._device_carrier: Transport | None = None  # who moves the bytes of those that stay
+        self._device_carrier: StreamTransport | None = None  # who moves the bytes of those that stay
         self._closed = False
         self._plans: dict[tuple[object, ...], Plan] = {}
         self._shortcut: object | None = None  # of the core, for operations that were issued in the same form before

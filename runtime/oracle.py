@@ -97,9 +97,9 @@ def train_plainly(model: nn.Module, batches: list[Batch], loss: Callable[..., An
 
 
 def snapshot(model: nn.Module) -> tuple[dict[str, Tensor | None], dict[str, Tensor]]:
-    """Return copies of all gradients and of all weights and buffers, by name."""
-    grads = {name: None if p.grad is None else p.grad.detach().to_dense().clone() for name, p in model.named_parameters()}
-    return grads, {name: value.detach().clone() for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    """Return copies of all gradients and of all weights and buffers, by name, on the CPU."""
+    grads = {name: None if p.grad is None else p.grad.detach().to_dense().to("cpu", copy=True) for name, p in model.named_parameters()}
+    return grads, {name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items() if isinstance(value, Tensor)}
 
 
 def check_repeatable(model: nn.Module, batch: Batch, loss: Callable[..., Any]) -> None:

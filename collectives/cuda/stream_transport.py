@@ -131,6 +131,10 @@ class StreamTransport:
         self._watch.add(operation)
         return _StreamWork(operation, self, self._fail)
 
+    def poll(self) -> None:
+        """Note in the core's books what is complete, which the watching thread does a little later."""
+        self._watch.settle()
+
     def close(self) -> None:
         """Wait until nothing is in flight and free what the transport holds; may be called again."""
         if not self._watch.is_open:
@@ -271,14 +275,17 @@ class _Watch:
             self._in_flight.append(operation)
             self._changed.notify()
 
+    def settle(self) -> None:
+        for operation in list(self._in_flight):
+            operation.settle()
+
     def close(self) -> None:
         """End the thread; nothing is in flight any more."""
         with self._changed:
             self.is_open = False
             self._changed.notify()
         self._thread.join()
-        for operation in self._in_flight:
-            operation.settle()
+        self.settle()
         self._in_flight = []
         del self._transport  # it refers to us
 

@@ -93,3 +93,8 @@ def test_the_example_trains_saves_and_resumes_on_two_ranks_of_one_gpu(tmp_path: 
     assert first.returncode == 0, first.stdout + first.stderr
     again = ringfold(*words, "--steps", "80", "--resume", RINGFOLD_DEVICE="cuda")
     assert again.returncode == 0, again.stdout + again.stderr
+
+
+def test_verify_proves_a_layout_on_the_gpu() -> None:
+    ended = ringfold("verify", "examples/train_gpt.py:verified", "--layout", "dp3", RINGFOLD_DEVICE="cuda")
+    assert ended.returncode == 0, ended.stdout + ended.stderr

@@ -102,6 +102,6 @@ def finish(work: Any, asynchronous: bool) -> None:
     assert (work is not None) == asynchronous
     if work is not None:
         work.wait()
-        if torch.get_default_device().type == "cuda":
-            torch.cuda.synchronize()  # the CPU has not waited
-        assert work.done()
+    if torch.get_default_device().type == "cuda":
+        torch.cuda.synchronize()  # the CPU has not waited
+    assert work is None or work.done()
