@@ -10,15 +10,12 @@ from dataclasses import replace
 
 from ringfold.collectives import select
 from ringfold.collectives._native import core
-from ringfold.collectives.codes import ALGORITHMS, DTYPES, OPERATIONS, REDUCTIONS
+from ringfold.collectives.codes import ALGORITHMS, DTYPES, MESSAGES, OPERATIONS, REDUCTIONS
 from ringfold.collectives.cost import Topology
 from ringfold.collectives.session import Session
 from ringfold.collectives.transport import Request
 
-__all__ = ["MESSAGES", "REDUCING", "choose", "enter"]
-
-MESSAGES = ("send", "recv")
-REDUCING = ("all_reduce", "reduce_scatter", "reduce")
+__all__ = ["choose", "enter"]
 
 
 def enter(session: Session, communicator: object, carrier: str, request: Request, algorithm: str, timeout_s: float) -> object:

@@ -5,7 +5,7 @@ One table each, by the names that users write. The same numbers are in csrc/comm
 
 from __future__ import annotations
 
-__all__ = ["ALGORITHMS", "DTYPES", "OPERATIONS", "REDUCTIONS"]
+__all__ = ["ALGORITHMS", "DTYPES", "FOLDING", "MESSAGES", "OPERATIONS", "REDUCTIONS"]
 
 OPERATIONS = {
     "all_reduce": 0,
@@ -20,6 +20,8 @@ OPERATIONS = {
     "scatter": 9,
     "all_to_all": 10,
 }
+MESSAGES = frozenset({"send", "recv"})
+FOLDING = frozenset({"all_reduce", "reduce_scatter", "reduce"})  # the result is a fold of all contributions
 REDUCTIONS = {"sum": 0, "avg": 1, "min": 2, "max": 3, "prod": 4, "band": 5, "bor": 6, "bxor": 7}
 ALGORITHMS = {"none": 0, "ring": 1, "direct": 2, "halving_doubling": 3, "tree": 4, "hierarchical": 5, "native": 6}
 DTYPES = {

@@ -18,17 +18,18 @@ import torch
 from ringfold.collectives import registered, select
 from ringfold.collectives._native import Outcome, core, failure
 from ringfold.collectives.algorithms import build
-from ringfold.collectives.codes import OPERATIONS
+from ringfold.collectives.arguments import Arguments
+from ringfold.collectives.codes import FOLDING, OPERATIONS
 from ringfold.collectives.cost import Topology
-from ringfold.collectives.errors import CollectiveMismatch, CollectiveTimeout, CommunicationError, ConfigError, PeerLost
+from ringfold.collectives.errors import CollectiveMismatch, CollectiveTimeout, ConfigError, PeerLost
 from ringfold.collectives.operand import DTYPES, prepare, reduction_code, require_arithmetic
+from ringfold.collectives.order import OrderCheck, describe
 from ringfold.collectives.session import Session
 from ringfold.collectives.transport import Request, Transport
 from ringfold.collectives.work import Work, Works
 
 if TYPE_CHECKING:
     from ringfold.collectives.cuda.stream_transport import StreamTransport
-    from ringfold.collectives.order import OrderCheck
 
 __all__ = ["Issuer"]
 
@@ -38,21 +39,16 @@ PLANS = 4096
 PACKED_NBYTES = 1024 * 1024
 # Where the longer of input and output is the whole vector on every rank.
 REPEATABLE = frozenset({"all_reduce", "broadcast", "reduce", "reduce_scatter", "all_gather", "all_to_all"})
-FOLDING = frozenset({"all_reduce", "reduce_scatter", "reduce"})
 
 Plan = tuple[int, int, int, int, bytes | None]  # program, operation, dtype, reduction, offsets of equal pieces
 
 
-class Issuer:
+class Issuer(Arguments):
     """The part of a Communicator that knows how to issue; `_handle` is the core's communicator, None where there is but one rank."""
 
     def __init__(self, session: Session, members: tuple[int, ...], name: str) -> None:
-        self.members = members
-        self.name = name
-        self.rank = members.index(session.rank)
-        self.size = len(members)
+        super().__init__(session, members, name)
         self.timeout_s = session.job.timeout_s
-        self.session = session
         self.transport = "shm" if all(session.near[m] for m in members if m != session.rank) else "tcp"
         self._topology = Topology.on_one_host(self.size)
         self._handle: object | None = None
@@ -60,7 +56,6 @@ class Issuer:
         self._device: torch.device | None = None  # of the CUDA tensors, once there was one
         self._stays: torch.device | None = None  # the same, unless they go through host memory
         self._device_carrier: StreamTransport | None = None  # who moves the bytes of those that stay
-        self._closed = False
         self._plans: dict[tuple[object, ...], Plan] = {}
         self._shortcut: object | None = None  # of the core, for operations that were issued in the same form before
         self._programs: dict[tuple[object, ...], int] = {}
@@ -83,53 +78,6 @@ class Issuer:
     def _is_plain(self, tensor: torch.Tensor) -> bool:
         """Tell whether the core, or what carries CUDA tensors, can work on the tensor's memory as it is."""
         return tensor.is_contiguous() and (tensor.is_cpu or tensor.device == self._stays) and not tensor.is_neg()
-
-    # -- checks -----------------------------------------------------------------------------------------------------------------------
-
-    def _where(self, op: str) -> str:
-        return f"{op} on rank {self.rank} of axis {self.name}"
-
-    def _check_peer(self, op: str, peer: int) -> None:
-        if not 0 <= peer < self.size:
-            raise ConfigError(f"{self._where(op)}: rank {peer} is not among its {self.size} ranks (0 to {self.size - 1})")
-
-    def _check_one_each(self, op: str, values: Sequence[object] | None) -> None:
-        if values is None or len(values) != self.size:
-            raise ConfigError(f"{self._where(op)}: {0 if values is None else len(values)} values, expected one for each of {self.size} ranks")
-
-    def _at_root(self, op: str, what: str, tensor: torch.Tensor | None, root: int) -> torch.Tensor | None:
-        """Return the tensor that only the root has, and None elsewhere."""
-        if self.rank != root:
-            return None
-        if tensor is None:
-            raise ConfigError(f"{self._where(op)}: {what} is None, expected a tensor with the pieces of all ranks, since this is rank {root}")
-        return tensor
-
-    def _whole(self, piece: int, counts: Sequence[int] | None) -> int:
-        return piece * self.size if counts is None else sum(counts)
-
-    def _check_pieces(self, op: str, whole: int, piece: int, counts: Sequence[int] | None) -> None:
-        if counts is None:
-            if whole != piece * self.size:
-                raise ConfigError(
-                    f"{self._where(op)}: the whole has {whole} elements and this rank's piece {piece}; "
-                    f"expected {piece} x {self.size} = {piece * self.size}, or counts=[elements of each rank's piece]"
-                )
-        elif len(counts) != self.size or sum(counts) != whole or counts[self.rank] != piece or min(counts) < 0:
-            raise ConfigError(
-                f"{self._where(op)}: counts {list(counts)} must be {self.size} numbers that add up to {whole}, "
-                f"the elements of the whole, with {piece}, this rank's piece, at place {self.rank}"
-            )
-
-    def _check_counts(self, op: str, whole: int, counts: Sequence[int]) -> None:
-        if len(counts) != self.size or sum(counts) != whole or min(counts) < 0:
-            raise ConfigError(
-                f"{self._where(op)}: counts {list(counts)} must be {self.size} numbers that add up to {whole}, the elements of their tensor"
-            )
-
-    def _require_open(self, op: str) -> None:
-        if self._closed or self.session.closed:
-            raise CommunicationError(f"{self._where(op)}: the communicator is closed; rf.init() joins the job again")
 
     # -- collectives ------------------------------------------------------------------------------------------------------------------
 
@@ -177,9 +125,9 @@ class Issuer:
         if self._handle is None:
             return _alone(input, output, async_op)
         if self._order is not None:
-            self._order.meet(_describe(op, dtype, reduction, count, root, counts, output_counts))
+            self._order.meet(describe(op, dtype, reduction, count, root, counts, output_counts))
         if carrier is not None:
-            return self._carry(carrier, _request(op, reduction, dtype, count, input, output, counts, output_counts, root, algorithm), async_op)
+            return self._carry(carrier, Request.of(op, reduction, dtype, count, input, output, counts, output_counts, root, algorithm), async_op)
         program, operation, dtype_code, code, offsets = plan
         if is_repeatable:
             core.remember(self._shortcut, op, reduction, algorithm, dtype, root, count, program, operation, dtype_code, code, offsets)
@@ -394,48 +342,6 @@ class Issuer:
         if folder is not None:
             error.args = (f"{error}\n  The last operations of this rank, and of the one at fault if it is on this host, are in {folder}",)
         raise error
-
-
-def _describe(
-    op: str, dtype: torch.dtype, reduction: str, count: int, root: int, counts: Sequence[int] | None, output_counts: Sequence[int] | None
-) -> str:
-    """Return what must be the same on every rank."""
-    words = [f"{op} ({str(dtype).removeprefix('torch.')}"]
-    if output_counts is None:
-        words.append(f" x {count}" if counts is None else f" x {count} in pieces of {list(counts)}")
-    if op in FOLDING:
-        words.append(f", {reduction}")
-    if root >= 0:
-        words.append(f", root {root}")
-    return "".join(words) + ")"
-
-
-def _request(
-    op: str,
-    reduction: str,
-    dtype: torch.dtype,
-    count: int,
-    input: torch.Tensor | None,
-    output: torch.Tensor | None,
-    counts: Sequence[int] | None,
-    output_counts: Sequence[int] | None,
-    root: int,
-    algorithm: str | None,
-) -> Request:
-    """Return what a carrier is asked; `counts` are those of the one tensor that has a piece for each rank, or of all_to_all's input."""
-    pieces = None if counts is None else tuple(counts)
-    return Request(
-        op,
-        reduction,
-        dtype,
-        count,
-        None if input is None else input.detach().view(-1),
-        None if output is None else output.detach().view(-1),
-        pieces if op in ("reduce_scatter", "scatter", "all_to_all") else None,
-        pieces if op in ("all_gather", "gather") else None if output_counts is None else tuple(output_counts),
-        root,
-        algorithm=algorithm,
-    )
 
 
 def _alone(input: torch.Tensor | None, output: torch.Tensor | None, async_op: bool) -> Work | None:

@@ -19,7 +19,7 @@ import torch
 from ringfold.collectives import carried, mpi_requests
 from ringfold.collectives._native import Outcome, check, core
 from ringfold.collectives.algorithms import build
-from ringfold.collectives.carried import MESSAGES, REDUCING
+from ringfold.collectives.codes import FOLDING, MESSAGES
 from ringfold.collectives.cost import Topology
 from ringfold.collectives.errors import ConfigError
 from ringfold.collectives.fold import HALF
@@ -185,11 +185,11 @@ class MpiTransport:
 
     def _is_native(self, request: Request) -> bool:
         why = None
-        if request.op in REDUCING and request.dtype in HALF:
+        if request.op in FOLDING and request.dtype in HALF:
             why = f"MPI cannot add {request.dtype}"
-        elif request.op in REDUCING and request.dtype.is_floating_point and request.reduction in ("min", "max"):
+        elif request.op in FOLDING and request.dtype.is_floating_point and request.reduction in ("min", "max"):
             why = f"MPI's own {request.reduction} may lose a NaN"
-        elif request.op in REDUCING and request.dtype in SHORT and request.reduction in ("sum", "avg", "prod"):
+        elif request.op in FOLDING and request.dtype in SHORT and request.reduction in ("sum", "avg", "prod"):
             why = f"MPI's own {request.reduction} of {request.dtype} may saturate instead of wrap"
         elif request.op in IN_PIECES and request.count > mpi_requests.LIMIT:
             why = f"{request.count} elements are more than the {mpi_requests.LIMIT} that its counts hold"

@@ -14,18 +14,19 @@ import hashlib
 import os
 import time
 import traceback
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from ringfold.collectives._native import core
-from ringfold.collectives.codes import OPERATIONS
+from ringfold.collectives.codes import FOLDING, OPERATIONS
 from ringfold.collectives.errors import CollectiveMismatch
 from ringfold.collectives.page import OperationState, Page
 
 if TYPE_CHECKING:
     from ringfold.collectives.communicator import Communicator
 
-__all__ = ["OrderCheck"]
+__all__ = ["OrderCheck", "describe"]
 
 # Ranks that have not met after this long are looked at: do they wait for each other elsewhere?
 SUSPICION_S = 0.3
@@ -125,3 +126,17 @@ def _site() -> str:
 
 def _stack() -> list[str]:
     return "".join(traceback.format_list(_user_frames())).splitlines()[-STACK_LINES:]
+
+
+def describe(
+    op: str, dtype: torch.dtype, reduction: str, count: int, root: int, counts: Sequence[int] | None, output_counts: Sequence[int] | None
+) -> str:
+    """Return what must be the same on every rank."""
+    words = [f"{op} ({str(dtype).removeprefix('torch.')}"]
+    if output_counts is None:
+        words.append(f" x {count}" if counts is None else f" x {count} in pieces of {list(counts)}")
+    if op in FOLDING:
+        words.append(f", {reduction}")
+    if root >= 0:
+        words.append(f", root {root}")
+    return "".join(words) + ")"

@@ -14,14 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ringfold.collectives.codes import FOLDING
 from ringfold.collectives.schedule import Kind, Schedule, ScheduleError, Step
 from ringfold.collectives.simulator import Order, SimulationResult, ranks_text, simulate, title
 from ringfold.collectives.vectors import Vectors
 
-__all__ = ["FOLDING", "verify"]
+__all__ = ["verify"]
 
-# Operations whose result is a fold of all contributions.
-FOLDING = ("all_reduce", "reduce_scatter", "reduce")
 # Operations in which the caller may let a rank's chunk of INPUT and OUTPUT be the same memory.
 MAY_BE_IN_PLACE = ("reduce_scatter", "all_gather", "gather", "scatter")
 

@@ -7,6 +7,7 @@ its own (algorithm "native"); for any other algorithm it runs our Schedule over 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -39,6 +40,35 @@ class Request:
     peer: int = -1
     tag: int = 0
     algorithm: str | None = None
+
+    @classmethod
+    def of(
+        cls,
+        op: str,
+        reduction: str,
+        dtype: torch.dtype,
+        count: int,
+        input: torch.Tensor | None,
+        output: torch.Tensor | None,
+        counts: Sequence[int] | None,
+        output_counts: Sequence[int] | None,
+        root: int,
+        algorithm: str | None,
+    ) -> Request:
+        """Return what a carrier is asked; `counts` are those of the one tensor that has a piece for each rank, or of all_to_all's input."""
+        pieces = None if counts is None else tuple(counts)
+        return cls(
+            op,
+            reduction,
+            dtype,
+            count,
+            None if input is None else input.detach().view(-1),
+            None if output is None else output.detach().view(-1),
+            pieces if op in ("reduce_scatter", "scatter", "all_to_all") else None,
+            pieces if op in ("all_gather", "gather") else None if output_counts is None else tuple(output_counts),
+            root,
+            algorithm=algorithm,
+        )
 
 
 class Transport(Protocol):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from ringfold.collectives._native import Outcome
-from ringfold.collectives.carried import REDUCING
+from ringfold.collectives.codes import FOLDING
 from ringfold.collectives.cuda.stream_transport import Message, StreamTransport
 from ringfold.collectives.environment import nccl_key
 from ringfold.collectives.errors import CommunicationError
@@ -91,7 +91,7 @@ class NcclTransport(StreamTransport):
 
 def why_not_native(request: Request) -> str | None:
     """Return why NCCL's own collective cannot carry out the request as we promise, None if it can."""
-    if request.op not in REDUCING:
+    if request.op not in FOLDING:
         return None
     if request.dtype is torch.bool:
         return None if request.reduction in TRUTH else f"NCCL has no {request.reduction} of truth values"
@@ -106,7 +106,7 @@ def why_not_native(request: Request) -> str | None:
 
 def run_collective(group: Any, request: Request, rank: int, size: int) -> None:
     """Issue a collective of a torch process group (any backend's), and wait for it as that backend waits: a CUDA stream, or the CPU."""
-    if request.op in REDUCING:
+    if request.op in FOLDING:
         of_truth = request.dtype is torch.bool
         input, output = (None if t is None else t.view(torch.uint8) if of_truth else t for t in (request.input, request.output))
         op = (TRUTH if of_truth else NUMBERS)[request.reduction]

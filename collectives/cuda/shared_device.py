@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from ringfold.collectives._native import Outcome
+from ringfold.collectives.codes import FOLDING
 from ringfold.collectives.cuda.stream_transport import Message, StreamTransport
 from ringfold.collectives.cuda.window import SLOTS, Window
 from ringfold.collectives.errors import CommunicationError
@@ -29,8 +30,6 @@ LEAST_SLOT_NBYTES = 1 << 20
 GREATEST_SLOT_NBYTES = 1 << 26
 # Pieces of a slot begin at multiples of this, which every dtype divides.
 ALIGN_NBYTES = 64
-
-FOLDING = ("all_reduce", "reduce", "reduce_scatter")
 
 
 class SharedDeviceTransport(StreamTransport):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 from ringfold.collectives.algorithms import build, predict
+from ringfold.collectives.codes import FOLDING
 from ringfold.collectives.cost import Topology
 from ringfold.collectives.errors import ConfigError
-from ringfold.collectives.promise import FOLDING, verify
+from ringfold.collectives.promise import verify
 from ringfold.collectives.schedule import Kind
 from ringfold.collectives.simulator import Order, simulate
 from ringfold.collectives.vectors import Vectors

@@ -22,6 +22,7 @@ BELOW = {
 # launch checks a layout before it starts anything (layout.py is pure arithmetic), and lists the benchmarks' names.
 MAY_IMPORT_LAZILY = {("launch", "ringfold.parallel.layout"), ("launch", "ringfold.benchmarks")}
 MAY_IMPORT_TORCH = {
+    "collectives/arguments.py",
     "collectives/communicator.py",
     "collectives/measure.py",
     "collectives/work.py",

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
-from ringfold.collectives.promise import FOLDING, verify
+from ringfold.collectives.codes import FOLDING
+from ringfold.collectives.promise import verify
 from ringfold.collectives.schedule import LOCAL_QUEUE, REDUCING, Buffer, Kind, Schedule, ScheduleError, Step
 
 from tests.harness.schedules import SUBJECTS, Subject
