@@ -366,7 +366,7 @@ class Communicator(Issuer, Objects):
         if self._closed:
             return
         self._closed = True
-        self._shortcut = None
+        self._take_long_way()
         for carrier in (self._carrier, self._device_carrier):
             if carrier is not None:
                 carrier.close()

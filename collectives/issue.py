@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import struct
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from sys import _getframe
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,8 +37,8 @@ __all__ = ["Issuer"]
 PLANS = 4096
 # Tensors of a group that are smaller are packed into one; larger ones gain nothing by it.
 PACKED_NBYTES = 1024 * 1024
-# Where the longer of input and output is the whole vector on every rank.
-REPEATABLE = frozenset({"all_reduce", "broadcast", "reduce", "reduce_scatter", "all_gather", "all_to_all"})
+# Operations whose methods have a short way through the core: where the longer of input and output is the whole vector on every rank.
+SHORT = frozenset({"all_reduce", "broadcast", "reduce", "reduce_scatter", "all_gather", "all_to_all"})
 
 Plan = tuple[int, int, int, int, bytes | None]  # program, operation, dtype, reduction, offsets of equal pieces
 
@@ -72,8 +72,18 @@ class Issuer(Arguments):
     def topology(self, topology: Topology) -> None:
         self._topology = topology
         self._plans.clear()
-        is_plain = self._handle is not None and self._carrier is None and self._order is None
-        self._shortcut = core.shortcut(self._handle, self.session.sites.row_of) if is_plain else None
+        self._take_long_way()
+        if self._handle is not None and self._carrier is None and self._order is None:
+            self._shortcut = core.shortcut(self._handle, self.session.sites.row_of, torch.Tensor)
+            itself = weakref.ref(self)
+            for name in SHORT:
+                self.__dict__[name] = core.method(self._shortcut, name, itself, getattr(type(self), name))
+
+    def _take_long_way(self) -> None:
+        """Let every operation be issued by the Python methods."""
+        self._shortcut = None
+        for name in SHORT:
+            self.__dict__.pop(name, None)
 
     def _is_plain(self, tensor: torch.Tensor) -> bool:
         """Tell whether the core, or what carries CUDA tensors, can work on the tensor's memory as it is."""
@@ -95,13 +105,6 @@ class Issuer(Arguments):
         algorithm: str | None,
     ) -> Work | None:
         """Issue an operation on a vector of `count` elements, cut into `counts` (those of the output where they differ: `output_counts`)."""
-        is_repeatable = self._shortcut is not None and counts is None and not async_op and op in REPEATABLE
-        if is_repeatable:
-            outcome = core.again(self._shortcut, op, reduction, algorithm, root, input, output, self.timeout_s, _getframe(2))
-            if outcome is None:
-                return None
-            if outcome is not NotImplemented:
-                self._fail(outcome)
         some = output if input is None else input
         if some is None:
             dtype, source, target = torch.uint8, 0, 0
@@ -129,7 +132,7 @@ class Issuer(Arguments):
         if carrier is not None:
             return self._carry(carrier, Request.of(op, reduction, dtype, count, input, output, counts, output_counts, root, algorithm), async_op)
         program, operation, dtype_code, code, offsets = plan
-        if is_repeatable:
+        if self._shortcut is not None and counts is None and not async_op and op in SHORT:
             core.remember(self._shortcut, op, reduction, algorithm, dtype, root, count, program, operation, dtype_code, code, offsets)
         if counts is not None:
             offsets = _offsets(counts)

@@ -409,7 +409,7 @@ PyMethodDef kMethods[] = {
     {"begin", Fast(Begin), METH_FASTCALL, nullptr},
     {"shortcut", Fast(NewShortcut), METH_FASTCALL, nullptr},
     {"remember", Fast(Remember), METH_FASTCALL, nullptr},
-    {"again", Fast(Again), METH_FASTCALL, nullptr},
+    {"method", Fast(NewMethod), METH_FASTCALL, nullptr},
     {"message", Fast(Message), METH_FASTCALL, nullptr},
     {"source", Source, METH_O, nullptr},
     {"remote_reads", RemoteReads, METH_O, nullptr},

@@ -1,7 +1,7 @@
-// The short way of an operation that was issued in the same form before: same operation, reduction, algorithm, root, dtype and count.
+// The short way of operations that were issued in the same form before: from the user's call to the core without a line of Python.
 //
-// What Python looks up and checks for a small operation takes longer than the operation. The first of a form goes that way and is remembered; for every
-// later one a single call asks the tensors what may have changed (dtype, device, layout, count, address), finds the form and runs it.
+// A communicator's methods of such operations are C functions, which read the arguments and the tensors, find the form, note the call site, issue and
+// wait. Whatever they do not know takes the long way, the Python method of the same name, which tells what it has done (`remember`).
 #pragma once
 
 #define PY_SSIZE_T_CLEAN
@@ -9,12 +9,11 @@
 
 namespace ringfold {
 
-// shortcut(communicator, row_of) -> shortcut; `row_of(frame)` is CallSites.row_of, whose answers are kept here too
+// shortcut(communicator, row_of, torch.Tensor) -> capsule. row_of(frame): the row of a frame in the table of call sites, or its complement.
 PyObject* NewShortcut(PyObject*, PyObject* const* args, Py_ssize_t n);
-// remember(shortcut, operation, reduction, algorithm, dtype, root, count, program, three codes, offsets or None)
+// remember(shortcut, operation, reduction, algorithm, dtype, root, count, program, op, dtype code, reduction code, offsets)
 PyObject* Remember(PyObject*, PyObject* const* args, Py_ssize_t n);
-// again(shortcut, operation, reduction, algorithm, root, input or None, output or None, timeout seconds, caller's frame) -> NotImplemented if it has to
-// go the long way, None for success, else an outcome
-PyObject* Again(PyObject*, PyObject* const* args, Py_ssize_t n);
+// method(shortcut, operation, communicator as a weak reference, function) -> what is called instead of the function, without the communicator
+PyObject* NewMethod(PyObject*, PyObject* const* args, Py_ssize_t n);
 
 }  // namespace ringfold
