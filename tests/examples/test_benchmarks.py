@@ -127,7 +127,7 @@ def check_side(name: str, folder: Path) -> list[str]:
     for request in requests():
         if name == "gloo" and request["dtype"] == "int16":
             continue  # gloo has no int16
-        prepared = prepare(side, {**request, "memory": name, "algorithm": "auto"})
+        prepared = prepare(side, {**request, "device": "cpu", "memory": name, "algorithm": "auto"})
         if time_calls(prepared, barrier, 2)["wrong"]:
             failures.append(f"{request}: {prepared.output} is not {prepared.expected}")
     side.close()
@@ -144,7 +144,8 @@ def count_wrong(folder: Path) -> int:
     """Measure an all_reduce that is wrong in one element."""
     side = Ringfold(Place(folder, 2, 1 << 20))
     prepared = prepare(
-        side, {"operation": "all_reduce", "count": 5, "dtype": "float32", "reduction": "sum", "memory": "registered", "algorithm": "auto"}
+        side,
+        {"operation": "all_reduce", "count": 5, "dtype": "float32", "reduction": "sum", "memory": "registered", "device": "cpu", "algorithm": "auto"},
     )
     right, output = prepared.call, prepared.output
     assert output is not None
@@ -211,6 +212,7 @@ def test_a_rank_that_ends_is_a_failure_and_close_ends_the_others() -> None:
                     "reduction": "sum",
                     "memory": "",
                     "algorithm": "auto",
+                    "device": "cpu",
                 }
             )
     assert not psutil.wait_procs(ranks, timeout=10)[1]
