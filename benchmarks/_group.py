@@ -28,6 +28,7 @@ __all__ = ["Group", "GroupFailed"]
 
 START_S = 60.0  # imports torch on all ranks, on cores that they may have to share
 LOOK_S = 0.2
+FOLDER = "ringfold-bench-"
 TAIL_NBYTES = 2000
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
@@ -53,7 +54,9 @@ class Group:
         self._connections: list[socket.socket] = []
         self.pids: list[int] = []
         shared = Path("/dev/shm")
-        self._folder = Path(tempfile.mkdtemp(prefix="ringfold-bench-", dir=shared if shared.is_dir() else None))
+        root = shared if shared.is_dir() else Path(tempfile.gettempdir())
+        _sweep(root)
+        self._folder = Path(tempfile.mkdtemp(prefix=FOLDER, dir=root))
         self._output = tempfile.TemporaryFile()  # noqa: SIM115  (closed by close)
         self._launcher: subprocess.Popen[bytes] | None = None
         try:
@@ -172,3 +175,11 @@ class Group:
         self._output.seek(max(0, end - TAIL_NBYTES))
         printed = self._output.read().decode(errors="replace").strip()
         return GroupFailed(f"{self.name}: {what}" + (f"\nIts last output:\n{printed}" if printed else ""))
+
+
+def _sweep(root: Path) -> None:
+    """Remove the folders of drivers that were killed before their ranks had met, which takes at most START_S."""
+    for folder in root.glob(f"{FOLDER}*"):
+        with suppress(OSError):
+            if time.time() - folder.stat().st_mtime > 2 * START_S:
+                shutil.rmtree(folder, ignore_errors=True)

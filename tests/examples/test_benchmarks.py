@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 from click.testing import CliRunner
-from ringfold.benchmarks._group import Group, GroupFailed
+from ringfold.benchmarks._group import Group, GroupFailed, _sweep
 from ringfold.benchmarks._libraries import LIBRARIES, Library, is_installed
 from ringfold.benchmarks._operations import DTYPES, OPERATIONS, REDUCTIONS
 from ringfold.benchmarks._rank import SLOT, Barrier, prepare, time_calls
@@ -231,6 +231,16 @@ def test_nothing_outlives_the_driver(number: signal.Signals) -> None:
         driver.send_signal(number)
         assert driver.wait(60) != 0
     assert not psutil.wait_procs(children, timeout=30)[1]
+
+
+def test_what_a_killed_driver_has_left_is_swept_by_the_next(tmp_path: Path) -> None:
+    left, new = tmp_path / "ringfold-bench-left", tmp_path / "ringfold-bench-new"
+    for folder in (left, new):
+        folder.mkdir()
+        (folder / "barrier").write_bytes(b"0")
+    os.utime(left, (0, 0))
+    _sweep(tmp_path)
+    assert [folder.name for folder in tmp_path.iterdir()] == [new.name]
 
 
 def cmdline(process: psutil.Process) -> list[str]:

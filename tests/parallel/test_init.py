@@ -22,7 +22,6 @@ from tests.harness.leaks import Resources
 
 TIMES = 200
 ATTEMPTS = 5
-DELAYED = 4  # of TIMES, by whatever else runs
 # Ten warm rounds fill allocators and caches; what grows by less than a page a round after that is noise of the allocator, not a mapping.
 WARM = 10
 GROWTH_NBYTES = 2 * 2**20
@@ -40,19 +39,17 @@ def join_and_leave() -> int:
 def repeat() -> dict[str, Any]:
     assert {join_and_leave() for _ in range(WARM)} == {2}
     before, memory = Resources.now(), psutil.Process().memory_info().rss
-    seconds, cpu_seconds = [], []
+    seconds = []
     for _ in range(TIMES):
-        began, cpu_began = time.perf_counter(), time.process_time()
+        began = time.perf_counter()
         join_and_leave()
         seconds.append(time.perf_counter() - began)
-        cpu_seconds.append(time.process_time() - cpu_began)
     deadline = time.monotonic() + 3
     while (leaked := before.leaked_until(Resources.now())) and time.monotonic() < deadline:
         time.sleep(0.02)
     return {
         "median_s": statistics.median(seconds),
-        "slow": sum(second >= 0.020 for second in seconds),
-        "most_cpu_s": max(cpu_seconds),
+        "slowest_s": max(seconds),
         "leaked": leaked,
         "grown_nbytes": psutil.Process().memory_info().rss - memory,
     }
@@ -84,7 +81,7 @@ def test_two_hundred_times_in_one_process_are_quick_and_leave_nothing(transport:
 @pytest.mark.slow
 @every_transport
 def test_each_of_two_hundred_times_is_quick_on_a_quiet_machine(transport: str) -> None:
-    assert any(all(found["slow"] <= DELAYED and found["most_cpu_s"] < 0.020 for found in ranks) for ranks in attempts(transport))
+    assert any(all(found["slowest_s"] < 0.020 for found in ranks) for ranks in attempts(transport))
 
 
 def count_garbage() -> int:
