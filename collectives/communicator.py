@@ -38,9 +38,10 @@ from ringfold.collectives.work import Work, Works
 
 __all__ = ["Communicator", "world"]
 
-# An inbound ring is this long where there are few peers: in the L2 cache of the core that empties it, and long enough that a sender
-# that is woken late finds the receiver still busy. All rings of a rank together stay below RINGS_NBYTES.
-RING_NBYTES = 256 * 1024
+# An inbound ring is this long where there are few peers: four segments, and longer than what a core's own cache holds. In one of 256 KiB the two ends
+# write and read the same cache lines while these are still in the other's cache, at a third of the speed (AMD EPYC, 2 ranks, 1 MiB: 176 us, and 58 with
+# 1 MiB of ring). With more peers shorter rings are as good: all of a rank together stay below RINGS_NBYTES (4 ranks: best at 512 KiB each).
+RING_NBYTES = 1024 * 1024
 RINGS_NBYTES = 4 * 1024 * 1024
 
 Tensors = torch.Tensor | Sequence[torch.Tensor]
