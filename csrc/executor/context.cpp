@@ -194,7 +194,8 @@ bool Context::Wait(const Operation& operation, uint64_t longest_ns, uint64_t* wa
 uint64_t Context::WaitLocked(std::unique_lock<std::mutex>* lock, const Operation& operation, uint64_t began, uint64_t longest_ns) {
   const uint64_t until_ns = began + longest_ns;
   ++inline_waiters_;
-  page_->sleeping.store(0, std::memory_order_relaxed);  // this thread listens now
+  // This thread listens now. What is 0 is not written: peers look at it with every message, and would have to fetch the line again.
+  if (page_->sleeping.load(std::memory_order_relaxed) != 0) page_->sleeping.store(0, std::memory_order_relaxed);
   uint64_t now = began;
   uint64_t spin_until = now + spin_ns_;
   uint64_t look_at_links = now + kLookAtLinks;
