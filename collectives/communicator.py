@@ -39,7 +39,7 @@ from ringfold.collectives.work import Work, Works
 __all__ = ["Communicator", "world"]
 
 # An inbound ring is this long where there are few peers: four segments, and longer than what a core's own cache holds. In one of 256 KiB the two ends
-# write and read the same cache lines while these are still in the other's cache, at a third of the speed (AMD EPYC, 2 ranks, 1 MiB: 176 us, and 58 with
+# write and read the same cache lines while these are still in the other's cache, at a third of the speed (AMD EPYC, 2 ranks, 1 MiB: 176 us; 58 with
 # 1 MiB of ring). With more peers shorter rings are as good: all of a rank together stay below RINGS_NBYTES (4 ranks: best at 512 KiB each).
 RING_NBYTES = 1024 * 1024
 RINGS_NBYTES = 4 * 1024 * 1024
@@ -57,7 +57,7 @@ def world(job: Job | None = None) -> Communicator:
     session = Session.join(job if job is not None else Job.from_environment())
     try:
         communicator = Communicator(session, tuple(range(session.world_size)), "world")
-        if len(set(session.membership.host_of)) > 1:
+        if communicator.size > 1:
             session.links = measure_links(communicator)
             communicator.set_topology()
         return communicator

@@ -10,11 +10,12 @@ The constants of the model are in cost.py, each algorithm's formula beside the a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from ringfold.collectives.algorithms import BUILDERS, direct_registered, predict
-from ringfold.collectives.cost import Cost, Link, Topology
+from ringfold.collectives.codes import FOLDING
+from ringfold.collectives.cost import SHM, Cost, Link, Topology
 from ringfold.collectives.errors import ConfigError, nearest
 
 __all__ = ["Candidate", "Choice", "choose"]
@@ -165,9 +166,14 @@ def _segments(chunk_nbytes: int, segment_nbytes: int) -> int:
 
 
 def _fallback(op: str, topology: Topology, nbytes: int, picked: Candidate) -> str:
-    """Return which fallback of a registered schedule is predicted to be faster."""
+    """Return which fallback of a registered schedule is predicted to be faster.
+
+    Of folds by constants: in half precision the two round at different places, and a result must not depend on a measurement.
+    """
     if picked.variant != "registered" or not topology.remote_reads or topology.size == 1:
         return "exchange"
+    if op in FOLDING and topology.near.name == SHM.name:
+        topology = replace(topology, near=replace(topology.near, read_s_per_byte=SHM.read_s_per_byte))
     exchange = ("ring", "pipelined") if op == "broadcast" else ("direct", "exchange")  # the schedules that direct_registered.py falls back to
     through = predict(op, *exchange, topology, nbytes, picked.segments).seconds
     return "remote" if direct_registered.remote_seconds(op, topology, nbytes, picked.segments) < through else "exchange"

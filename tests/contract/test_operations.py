@@ -339,7 +339,8 @@ def check_fallbacks(world: Any, fallback: str) -> int:
     """The registered schedules on memory that is not registered, or only on some ranks."""
     read_s_per_byte = 0.0 if fallback == "remote" else 1.0
     world.topology = Topology.on_one_host(world.size, remote_reads=True)
-    world.topology = replace(world.topology, near=replace(world.topology.near, read_s_per_byte=read_s_per_byte, alpha_s=1e-9))
+    near = replace(world.topology.near, name="forced", read_s_per_byte=read_s_per_byte, alpha_s=1e-9)
+    world.topology = replace(world.topology, near=near)
     size, rank, cases = world.size, world.rank, 0
     for count in (1000, 300_001):
         assert select.choose("all_reduce", 4 * count, world.topology, "direct").fallback == fallback

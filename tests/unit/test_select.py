@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from ringfold.collectives.algorithms import BUILDERS, build
+from ringfold.collectives.codes import FOLDING
 from ringfold.collectives.cost import SHM, TCP, Link, Topology, everyone
 from ringfold.collectives.errors import ConfigError
 from ringfold.collectives.promise import verify
@@ -69,11 +72,22 @@ def test_registered_memory_is_never_wanted_between_hosts() -> None:
 def test_large_unregistered_vectors_are_read_where_they_lie_if_that_is_possible_and_faster() -> None:
     for op in sorted(set(OPS) - {"barrier"}):
         assert choose(op, 64 * MIB, shm(4)).fallback == "exchange"
-    for op in ("reduce_scatter", "all_gather", "all_to_all", "broadcast"):
-        assert choose(op, 64 * MIB, shm(4, remote_reads=True), "direct").fallback == "remote", op
-    # One reader leaves a core idle; and small ones are not worth a call of the kernel.
-    assert choose("broadcast", 64 * MIB, shm(2, remote_reads=True), "direct").fallback == "exchange"
-    assert choose("reduce_scatter", 16 * KIB, shm(4, remote_reads=True), "direct").fallback == "exchange"
+        assert choose(op, 64 * MIB, shm(2, remote_reads=True), "direct").fallback == "exchange", op
+    # Measured where ranks share no cache.
+    fast = replace(SHM, read_s_per_byte=0.3 * SHM.beta_s_per_byte)
+    for op in ("all_gather", "all_to_all", "broadcast", "gather", "scatter"):
+        assert choose(op, 64 * MIB, replace(shm(4, remote_reads=True), near=fast), "direct").fallback == "remote", op
+    # Small ones are not worth a call of the kernel.
+    assert choose("all_gather", 4 * KIB, replace(shm(4, remote_reads=True), near=fast), "direct").fallback == "exchange"
+
+
+def test_no_measurement_decides_how_a_fold_rounds() -> None:
+    for read_s_per_byte in (0.0, 1.0):
+        measured = replace(shm(4, remote_reads=True), near=replace(SHM, read_s_per_byte=read_s_per_byte))
+        for op in sorted(FOLDING):
+            for nbytes in (4 * KIB, MIB, 64 * MIB):
+                usual = choose(op, nbytes, shm(4, remote_reads=True), "direct")
+                assert choose(op, nbytes, measured, "direct").fallback == usual.fallback
 
 
 def test_a_size_that_ranks_know_differently_has_one_fixed_choice() -> None:
