@@ -1,7 +1,7 @@
 """What the links of a job cost, measured when its world opens; the same numbers on every rank.
 
 On one host it is how a read in a peer's memory compares with sending through a ring: ranks on cores that share a cache send faster, others read up to
-four times faster. Only what moves without being folded depends on it, so that no result does.
+four times faster. Folds of three ranks and more do not depend on it (select.py), so that no result does.
 
 A job on several hosts has two classes of links: near ones, inside a host, and far ones, between hosts. One pair stands for each class, the
 first that there is: a network whose links differ is taken for what its first two hosts see. The two ranks use a communicator of their own,

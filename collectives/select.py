@@ -168,11 +168,11 @@ def _segments(chunk_nbytes: int, segment_nbytes: int) -> int:
 def _fallback(op: str, topology: Topology, nbytes: int, picked: Candidate) -> str:
     """Return which fallback of a registered schedule is predicted to be faster.
 
-    Of folds by constants: in half precision the two round at different places, and a result must not depend on a measurement.
+    Of folds of three ranks and more by constants: in half precision the two round at different places, and no result may depend on a measurement.
     """
     if picked.variant != "registered" or not topology.remote_reads or topology.size == 1:
         return "exchange"
-    if op in FOLDING and topology.near.name == SHM.name:
+    if op in FOLDING and topology.size > 2 and topology.near.name == SHM.name:
         topology = replace(topology, near=replace(topology.near, read_s_per_byte=SHM.read_s_per_byte))
     exchange = ("ring", "pipelined") if op == "broadcast" else ("direct", "exchange")  # the schedules that direct_registered.py falls back to
     through = predict(op, *exchange, topology, nbytes, picked.segments).seconds
