@@ -85,24 +85,21 @@ def prepare(side: Side, request: dict[str, Any]) -> Prepared:
     return Prepared(operation.bind(side, output, input, case), own, input, output, expected)
 
 
-def settle(prepared: Prepared) -> None:
-    """Wait until the GPU has done what it was asked to, if the case's tensors are on one: the end of the call is not the end of the operation."""
-    if any(tensor is not None and tensor.is_cuda for tensor in (prepared.input, prepared.output)):
-        torch.cuda.synchronize()
-
-
 def time_calls(prepared: Prepared, barrier: Barrier, calls: int) -> dict[str, Any]:
     seconds, result = [], None
+    on_gpu = any(tensor is not None and tensor.is_cuda for tensor in (prepared.input, prepared.output))
     for number in range(calls):
         if prepared.input is not None and prepared.own is not None:
             prepared.input.copy_(prepared.own)
         if number == calls - 1 and prepared.output is not None and prepared.output is not prepared.input:
             prepared.output.fill_(POISON)
-        settle(prepared)
+        if on_gpu:
+            torch.cuda.synchronize()
         barrier.wait()
         start = time.perf_counter()
         result = prepared.call()
-        settle(prepared)
+        if on_gpu:  # the end of the call is not the end of the operation
+            torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
         barrier.wait()  # the floor's ranks write to each other's memory: nobody refills or checks before all are done
     output = result if isinstance(result, Tensor) else prepared.output

@@ -50,7 +50,7 @@ struct Remembered {
 struct Shortcut {
   std::shared_ptr<CommunicatorHandle> owner;
   TensorReader reader;
-  Reference row_of, f_code, f_lasti;
+  Reference row_of, f_lasti;
   std::unordered_map<Form, Remembered, HashForm> forms;
   std::unordered_map<uint64_t, uint16_t> rows;  // by code object and instruction
 };
@@ -87,7 +87,7 @@ struct Method {
 
 // The row of a frame's place in the table of call sites. -1 with an exception set if that cannot be found out.
 int RowOf(Shortcut* s, PyObject* frame) {
-  const Reference code(PyObject_GetAttr(frame, s->f_code.get())), at(PyObject_GetAttr(frame, s->f_lasti.get()));
+  const Reference code(reinterpret_cast<PyObject*>(PyFrame_GetCode(reinterpret_cast<PyFrameObject*>(frame)))), at(PyObject_GetAttr(frame, s->f_lasti.get()));
   if (code.get() == nullptr || at.get() == nullptr) return -1;
   const uint64_t place = reinterpret_cast<uint64_t>(code.get()) * 0x9e3779b97f4a7c15u + static_cast<uint64_t>(PyLong_AsLong(at.get()));
   const auto known = s->rows.find(place);
@@ -232,9 +232,8 @@ PyObject* NewShortcut(PyObject*, PyObject* const* args, Py_ssize_t n) {
   auto shortcut = std::make_shared<Shortcut>();
   shortcut->owner = *handle;
   shortcut->row_of = Reference::To(args[1]);
-  shortcut->f_code = Reference::Interned("f_code");
   shortcut->f_lasti = Reference::Interned("f_lasti");
-  if (!shortcut->reader.Init(args[2]) || shortcut->f_code.get() == nullptr || shortcut->f_lasti.get() == nullptr) return nullptr;
+  if (!shortcut->reader.Init(args[2]) || shortcut->f_lasti.get() == nullptr) return nullptr;
   return MakeCapsule(std::move(shortcut), kShortcutName);
 }
 

@@ -81,6 +81,7 @@ bool TensorReader::Init(PyObject* tensor_type) {
     *reference = Reference::Interned(name);
     if (reference->get() == nullptr) return false;
   }
+  type_is_neg_ = Reference(PyObject_GetAttr(tensor_type, is_neg_.get()));
   const Reference capsule(PyObject_GetAttrString(tensor_type, "__dlpack_c_exchange_api__"));
   if (capsule.get() != nullptr) {
     const auto* api = static_cast<const ExchangeApi*>(PyCapsule_GetPointer(capsule.get(), "dlpack_exchange_api"));
@@ -94,15 +95,15 @@ void TensorReader::Learn(PyObject* object, DType dtype) { dtypes_.try_emplace(ob
 
 bool TensorReader::Read(PyObject* tensor, TensorView* view) const {
   bool read;
+  // A negated view (of a conjugate's imaginary part) has gaps, unless it is of one element.
   if (describe_ == nullptr || reinterpret_cast<PyObject*>(Py_TYPE(tensor)) != type_.get()) {
-    read = ReadAttributes(tensor, view);
+    read = ReadAttributes(tensor, view) && (view->count != 1 || !Says(tensor, is_neg_, false));
   } else {
     DLTensor t;
     read = describe_(tensor, &t) == 0 && t.device_type == kCpu && DTypeOf(t, &view->dtype) && CountOf(t, &view->count);
+    if (read && view->count == 1) read = Reference(PyObject_CallFunctionObjArgs(type_is_neg_.get(), tensor, nullptr)).get() == Py_False;
     if (read) view->data = static_cast<char*>(t.data) + t.byte_offset;
   }
-  // A negated view (of a conjugate's imaginary part) has gaps, unless it is of one element.
-  if (read && view->count == 1 && Says(tensor, is_neg_, false)) read = false;
   if (PyErr_Occurred() != nullptr) {
     PyErr_Clear();
     return false;

@@ -59,6 +59,7 @@ class TensorReader {
   bool ReadAttributes(PyObject* tensor, TensorView* view) const;
 
   Reference type_, dtype_, is_cpu_, is_contiguous_, is_neg_, numel_, data_ptr_;
+  Reference type_is_neg_;  // the method itself, which is found faster
   std::unordered_map<PyObject*, std::pair<Reference, DType>> dtypes_;
   int (*describe_)(void*, void*) = nullptr;  // DLPack's DLTensor of a Python object
 };
