@@ -11,6 +11,7 @@ the ratio of medians to DDP with the spread of the ratios of windows that ran ne
 from __future__ import annotations
 
 import math
+import os
 import re
 import time
 from collections.abc import Callable
@@ -191,6 +192,7 @@ def main(
         run_on_ranks("ringfold.benchmarks.train_step", n)
     if quick:
         size, pairs, window_s = "tiny", 2, 0.1
+    os.environ.setdefault("RINGFOLD_DEVICE", "cpu")  # all sides are measured there
     mesh = rf.init()
     comm = mesh.world
     show = click.echo if comm.rank == 0 else lambda _: None

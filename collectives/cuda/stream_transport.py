@@ -20,6 +20,7 @@ from ringfold.collectives._native import Outcome, core
 from ringfold.collectives.algorithms import build
 from ringfold.collectives.errors import CommunicationError, ConfigError
 from ringfold.collectives.interpreter import Execution, Plan
+from ringfold.collectives.page import State
 from ringfold.collectives.rounds import Round, rounds
 from ringfold.collectives.transport import Request
 from ringfold.collectives.work import Work
@@ -32,6 +33,8 @@ __all__ = ["Message", "StreamTransport"]
 
 # How late the thread may be in finding that an operation is complete, or has failed.
 POLL_S = 2e-3
+# How long a rank that closes waits for others to have read what it has for them, before it lets its stream go; they are about to, or they are gone.
+CLOSE_S = 5.0
 # The core's error code of what is neither a lost peer nor a timeout, see csrc/common/error.h.
 SYSTEM = 5
 
@@ -70,7 +73,6 @@ class StreamTransport:
         self._session = communicator.session
         self._handle = handle
         self._fail = fail
-        self._timeout_s = communicator.timeout_s
         self.stream = torch.cuda.Stream(device, priority=-1)
         self._schedules: dict[tuple[object, ...], tuple[Plan, list[Round]]] = {}
         self._watch = _Watch(self)
@@ -116,6 +118,7 @@ class StreamTransport:
         self.prepare(request)
         handle = carried.enter(self._session, self._handle, self.name, request, algorithm, timeout_s)
         if core.done(handle):  # the communicator has failed before
+            self._watch.failed = True
             return Work(handle, (), self._fail)
         caller = torch.cuda.current_stream(self.device)
         try:
@@ -126,6 +129,7 @@ class StreamTransport:
                 event.record(self.stream)
         except Exception as error:
             core.abandon(handle, SYSTEM, repr(error))
+            self._watch.failed = True  # what was put on the stream may wait for others
             raise
         operation = _Operation(handle, request, event)
         self._watch.add(operation)
@@ -139,19 +143,22 @@ class StreamTransport:
         """Wait until nothing is in flight and free what the transport holds; may be called again."""
         if not self._watch.is_open:
             return
-        if not self._watch.failed:
-            with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
-                self.drain()
         drained = torch.cuda.Event()
-        drained.record(self.stream)
-        deadline = time.monotonic() + self._timeout_s
-        while not drained.query() and not self._watch.failed and time.monotonic() < deadline:
+        with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
+            if not self._has_failed():
+                self.drain()
+            drained.record(self.stream)
+        patience = time.monotonic() + CLOSE_S
+        while not (is_drained := drained.query()) and time.monotonic() < patience + CLOSE_S:
+            if self._has_failed() or time.monotonic() > patience:
+                self.release()
             time.sleep(POLL_S / 10)
-        while not drained.query() and time.monotonic() < deadline + self._timeout_s:
-            self.release()
-            time.sleep(POLL_S)
         self._watch.close()
-        self.free()
+        if is_drained:  # else the GPU may still use it, and has it until the process ends
+            self.free()
+
+    def _has_failed(self) -> bool:
+        return self._watch.failed or self._session.page.read().state is State.FAILED
 
     # -- schedules --------------------------------------------------------------------------------------------------------------------
 
