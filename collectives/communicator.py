@@ -60,6 +60,7 @@ def world(job: Job | None = None) -> Communicator:
         if communicator.size > 1:
             session.links = measure_links(communicator)
             communicator.set_topology()
+            core.forget_recorded(session.context)  # records and counters are of what the user does
         return communicator
     except BaseException:
         session.close()

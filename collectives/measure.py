@@ -47,17 +47,26 @@ def measure_links(world: Communicator) -> tuple[Link, Link]:
     hosts = membership.host_of
     near, far = SHM if membership.job.transport != "tcp" else TCP, TCP
     is_one_host = len(set(hosts)) == 1
-    if is_one_host and not (near is SHM and world.topology.remote_reads and world.session.has_core_each):
+    if is_one_host and not (near is SHM and world.topology.remote_reads):
         return near, far
     key = (membership.job.transport, membership.job.streams, *hosts, *membership.pids)
-    # Every rank must take the same way, also where a measurement has failed on some of them.
-    is_known = torch.tensor([int(key in _known)], device=CPU)
-    world.all_reduce(is_known, "min")
-    if bool(is_known):
+    everyone = world.subgroup(range(world.size), "measure")  # so that the world's operations are numbered from the user's first
+    try:
+        # Every rank must take the same way, also where a measurement has failed on some of them.
+        is_known = torch.tensor([int(key in _known)], device=CPU)
+        everyone.all_reduce(is_known, "min")
+        if not bool(is_known):
+            _known[key] = (
+                (replace(near, read_s_per_byte=near.beta_s_per_byte * _read_ratio(everyone)), far) if is_one_host else _of_pairs(everyone, near, far)
+            )
         return _known[key]
-    if is_one_host:
-        _known[key] = replace(near, read_s_per_byte=near.beta_s_per_byte * _read_ratio(world)), far
-        return _known[key]
+    finally:
+        everyone.close()
+
+
+def _of_pairs(world: Communicator, near: Link, far: Link) -> tuple[Link, Link]:
+    """Return the links as one pair of ranks of each class has found them."""
+    hosts = world.session.membership.host_of
     numbers = torch.zeros(2, 2, dtype=torch.float64, device=CPU)
     for row, name in enumerate(("near", "far")):
         pair = _first_pair(hosts, is_near=name == "near")
@@ -66,8 +75,7 @@ def measure_links(world: Communicator) -> tuple[Link, Link]:
             if world.rank == pair[0]:
                 numbers[row] = torch.tensor(measured, dtype=torch.float64, device=CPU)
     world.all_reduce(numbers)  # of each row all ranks but one have zeros, so the sum is exact
-    _known[key] = _as_measured(near, numbers[0]), _as_measured(far, numbers[1])
-    return _known[key]
+    return _as_measured(near, numbers[0]), _as_measured(far, numbers[1])
 
 
 def _first_pair(hosts: list[str], *, is_near: bool) -> tuple[int, int] | None:
@@ -81,16 +89,16 @@ def _first_pair(hosts: list[str], *, is_near: bool) -> tuple[int, int] | None:
 
 def _read_ratio(world: Communicator) -> float:
     """Return the time of reading in the peers' memory over that of sending through the rings."""
-    own, everyone = (torch.zeros(count, dtype=torch.uint8, device=CPU) for count in (_NBYTES, world.size * _NBYTES))
-    before, took = world.topology, torch.zeros(2, dtype=torch.float64, device=CPU)
+    piece = _NBYTES // (world.size - 1)
+    own, everyone = (torch.zeros(count, dtype=torch.uint8, device=CPU) for count in (piece, world.size * piece))
+    took = torch.zeros(2, dtype=torch.float64, device=CPU)
     for row, reads in enumerate((True, False)):
-        world.topology = replace(before, remote_reads=reads, near=replace(before.near, read_s_per_byte=0.0))
+        world.topology = replace(world.topology, remote_reads=reads, near=replace(world.topology.near, read_s_per_byte=0.0))
         seconds = []
         for _ in range(4):
             world.barrier()
             seconds.append(_seconds(lambda: world.all_gather(everyone, own, algorithm="direct")))
         took[row] = min(seconds[1:])
-    world.topology = before
     world.all_reduce(took, "max")
     read_s, sent_s = took.tolist()
     return float(read_s / sent_s)

@@ -69,6 +69,11 @@ class Context {
 
   // For communicators, under the mutex.
   Recorder& recorder() { return recorder_; }
+  // What was recorded so far is not the user's; nothing is in flight.
+  void ForgetRecorded() {
+    const std::unique_lock<std::mutex> lock(mutex_);
+    recorder_.Forget();
+  }
   Roster& roster() { return roster_; }
   // Reads what the peers have said on their links: descriptors, aborts, farewells, deaths.
   void PumpLinks();

@@ -64,6 +64,13 @@ void Recorder::Waited(const Operation& operation, uint64_t nanoseconds) {
   page_->counters[static_cast<uint8_t>(operation.request().op) % kCounters].waited_ns.fetch_add(nanoseconds, std::memory_order_relaxed);
 }
 
+void Recorder::Forget() {
+  page_->next_operation.store(0, std::memory_order_release);
+  for (OperationRecord& record : page_->records) record.state.store(0, std::memory_order_relaxed);
+  for (OperationCounter& counter : page_->counters)
+    for (auto* number : {&counter.calls, &counter.nbytes, &counter.elapsed_ns, &counter.waited_ns}) number->store(0, std::memory_order_relaxed);
+}
+
 const OperationRecord* Recorder::Last(const Page* page) {
   const uint64_t next = page->next_operation.load(std::memory_order_acquire);
   return next == 0 ? nullptr : &page->Record(next - 1);

@@ -20,6 +20,8 @@ class Recorder {
   void Close(const Operation& operation);
   // Somebody was blocked in it for so long.
   void Waited(const Operation& operation, uint64_t nanoseconds);
+  // Drops all records and counters; nothing is in flight.
+  void Forget();
   std::string Site(uint16_t site) const { return Site(page_, site); }
 
   // The last operation in a page, or null.

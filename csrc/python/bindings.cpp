@@ -386,6 +386,14 @@ PyObject* WaitedSecondsInAll(PyObject*, PyObject* capsule) {
   return handle == nullptr ? nullptr : PyFloat_FromDouble(static_cast<double>((*handle)->waited_ns) / 1e9);
 }
 
+// forget_recorded(context): drop the records and counters of what has ended
+PyObject* ForgetRecorded(PyObject*, PyObject* capsule) {
+  const auto* handle = OpenContext(capsule);
+  if (handle == nullptr) return nullptr;
+  (*handle)->context->ForgetRecorded();
+  Py_RETURN_NONE;
+}
+
 PyCFunction Fast(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)) {
   return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
 }
@@ -424,6 +432,7 @@ PyMethodDef kMethods[] = {
     {"done", WorkDone, METH_O, nullptr},
     {"waited_seconds", WaitedSeconds, METH_O, nullptr},
     {"waited_seconds_in_all", WaitedSecondsInAll, METH_O, nullptr},
+    {"forget_recorded", ForgetRecorded, METH_O, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
 
