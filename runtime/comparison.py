@@ -18,8 +18,9 @@ __all__ = ["Departure", "Report", "compare"]
 
 # Right results differ by rounding alone: some thousand float64 operations, 1e-16 each, a few of which cancel digits.
 RELATIVE = 1e-9
-# Below the size of anything that matters in a step: a gradient that is zero but for rounding compares equal to zero.
-OF_THE_NORM = 1e-12
+# What a tensor's greatest value is taken for where it is smaller than anything that matters in a step: a gradient that is zero but for
+# rounding (a bias before a normalisation) equals zero. Of the gradient norm; of weights and losses, of 1.
+SMALL = 1e-3
 FLOAT32_ROUNDING = 1e-5
 
 
@@ -42,7 +43,7 @@ class Departure:
 
 @dataclass(frozen=True)
 class Row:
-    """One step: the losses and the greatest differences, relative to the greatest value of the tensor they are in."""
+    """One step: the losses and the greatest differences, relative to the greatest value of the tensor they are in (see SMALL)."""
 
     step: int
     rows: int
@@ -109,7 +110,7 @@ def compare(layout: Layout, expected: list[Step], found: list[Step], digests: li
             *_weight_departures(number, one, ours),
             *_replica_departures(number, [of_rank[number - 1] for of_rank in digests]),
         ]
-        gradient = max((_difference(ours.grads.get(name), grad) for name, grad in one.grads.items()), default=0.0)
+        gradient = max((_difference(ours.grads.get(name), grad, one.norm) for name, grad in one.grads.items()), default=0.0)
         weight = max((_difference(ours.weights.get(name), value) for name, value in one.weights.items()), default=0.0)
         rows.append(Row(number, one.rows, one.loss, ours.loss, abs(ours.norm / one.norm - 1) if one.norm else 0.0, gradient, weight, not here))
         departures += here
@@ -124,7 +125,6 @@ def _loss_departures(step: int, one: Step, ours: Step, layout: Layout) -> Iterat
 
 
 def _gradient_departures(step: int, one: Step, ours: Step, layout: Layout) -> Iterator[Departure]:
-    floor = OF_THE_NORM * one.norm
     for name, expected in one.grads.items():
         found = ours.grads.get(name)
         what = f"gradient of {name}"
@@ -133,7 +133,7 @@ def _gradient_departures(step: int, one: Step, ours: Step, layout: Layout) -> It
                 kinds = ["none" if grad is None else f"norm {grad.norm().item():.6g}" for grad in (expected, found)]
                 yield Departure(step, what, kinds[0], kinds[1], None, None)
             continue
-        if not bool(((found - expected).abs() <= RELATIVE * expected.abs().max() + floor).all()):
+        if not _difference(found, expected, one.norm) <= RELATIVE:  # a NaN is not
             ratio = _ratio(found, expected)
             yield Departure(step, what, *_worst(found, expected), ratio, _cause(ratio, layout) or _rounding(found, expected))
 
@@ -149,7 +149,7 @@ def _weight_departures(step: int, one: Step, ours: Step) -> Iterator[Departure]:
         found = ours.weights.get(name)
         if found is None:
             yield Departure(step, f"weight {name}", f"shape {tuple(expected.shape)}", "missing", None, "the layout's model has other names")
-        elif not bool(((found - expected).abs() <= RELATIVE * expected.abs().max() + OF_THE_NORM).all()):
+        elif not _difference(found, expected) <= RELATIVE:
             cause = _rounding(found, expected)
             yield Departure(step, f"weight {name}", *_worst(found, expected), _ratio(found, expected), cause)
 
@@ -163,14 +163,15 @@ def _replica_departures(step: int, digests: list[str]) -> Iterator[Departure]:
 
 
 def _close(found: float, expected: float) -> bool:
-    return abs(found - expected) <= RELATIVE * abs(expected) + OF_THE_NORM
+    return abs(found - expected) <= RELATIVE * (abs(expected) + SMALL)
 
 
-def _difference(found: Tensor | None, expected: Tensor | None) -> float:
+def _difference(found: Tensor | None, expected: Tensor | None, unit: float = 1.0) -> float:
+    """Return the greatest difference relative to the greatest value and SMALL units."""
     if found is None or expected is None or not expected.numel():
         return 0.0
-    largest = expected.abs().max().item()
-    return (found.double() - expected.double()).abs().max().item() / largest if largest else found.abs().max().item()
+    difference = (found.double() - expected.double()).abs().max().item()
+    return difference / (expected.double().abs().max().item() + SMALL * (unit or 1.0)) if difference else 0.0
 
 
 def _worst(found: Tensor, expected: Tensor) -> tuple[str, str]:

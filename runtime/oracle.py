@@ -59,8 +59,8 @@ def make_optimizer(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.AdamW([p for p in parameters if p.requires_grad], lr=LEARNING_RATE, eps=EPSILON)
 
 
-def shape_batches(batch: Any, loss: Callable[..., Any], size: int) -> list[Batch]:
-    """Cut three global batches in float64 out of one.
+def shape_batches(model: nn.Module, batch: Any, loss: Callable[..., Any], size: int) -> list[Batch]:
+    """Cut three global batches in float64 out of one, the second of fewer rows than ranks, but of two if one row is too few for the model.
 
     Raises: ConfigError if it has too few rows for `size` ranks.
     """
@@ -68,7 +68,7 @@ def shape_batches(batch: Any, loss: Callable[..., Any], size: int) -> list[Batch
     if whole.rows < size + 2:
         raise ConfigError(f"verify: dp{size} needs a batch of {size + 2} rows or more, so that rows can fall unevenly; this one has {whole.rows}.")
     longest = [count for count in range(whole.rows, 0, -1) if size == 1 or count % size]
-    few = max(1, size - 1)
+    few = size - 1 if size > 2 else 1 if _takes(model, _rows(whole, 0, 1)) else 2
     ranges = [(0, longest[0]), (whole.rows - few, whole.rows), (whole.rows - longest[1], whole.rows)]
     return [_with_holes(_rows(whole, start, stop), loss) for start, stop in ranges]
 
@@ -144,10 +144,22 @@ def _mean(loss: Callable[..., Any], output: Any, target: Any) -> Tensor:
 
 
 @torch.no_grad()
+def _takes(model: nn.Module, batch: Batch) -> bool:
+    """Tell whether a model can be called with so few rows: BatchNorm refuses a single value per channel."""
+    try:
+        batch.call(copy.deepcopy(model))
+    except Exception:  # whatever a user's model raises
+        return False
+    return True
+
+
+@torch.no_grad()
 def _wrong_losses(model: nn.Module, batch: Batch, loss: Callable[..., Any], parts: int) -> dict[str, float]:
-    pieces = [_rows(batch, *row_range(batch.rows, i, parts)) for i in range(parts)]
+    pieces = [piece for piece in (_rows(batch, *row_range(batch.rows, i, parts)) for i in range(parts)) if piece.rows]
+    if not all(_takes(model, piece) for piece in pieces):
+        return {}  # nor could a layout that makes such a mistake
     frozen = copy.deepcopy(model)
-    means = [(piece.rows, _mean(loss, piece.call(frozen), piece.target).item()) for piece in pieces if piece.rows]
+    means = [(piece.rows, _mean(loss, piece.call(frozen), piece.target).item()) for piece in pieces]
     return {
         "the mean of each rank's rows, weighted by rows: this loss is a mean over something else (valid targets?). Return a pair (total, count)": sum(
             rows * mean for rows, mean in means

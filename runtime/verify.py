@@ -70,7 +70,7 @@ def _verify(source: Callable[[], Subject], layout: str | Layout, clip_norm: floa
     with _float64():
         model_fn, batch, loss = source()
         model = build(model_fn)
-        batches = shape_batches(batch, loss, size)
+        batches = shape_batches(model, batch, loss, size)
         check_repeatable(model, batches[0], loss)
         initial = {name: value.clone() for name, value in model.state_dict().items()}
         expected, clip_norm = train_plainly(model, batches, loss, clip_norm, size * wanted.micro)

@@ -74,7 +74,7 @@ def bus_bandwidths_beside_plain_sockets(world: Any, nbytes: int, times: int, add
         return found
 
 
-@pytest.mark.parametrize("streams", [1, 4])
+@pytest.mark.parametrize("streams", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_all_reduce_over_a_gigabit_is_nearly_as_fast_as_plain_sockets_at_the_same_time(hosts: Hosts, streams: int) -> None:
     # Plain sockets do no arithmetic, so a machine that is slow just now slows us more: the test beside holds the bar where nothing else runs.
     for host in range(2):

@@ -119,7 +119,7 @@ def test_an_unknown_interface_is_refused_with_what_there_is(hosts: Hosts) -> Non
 @TWO_NETWORKS
 def test_no_way_to_a_rank_is_told_with_its_addresses(hosts: Hosts) -> None:
     # Rank 0 offers only its first network, rank 1 goes out by its second only.
-    with hosts.spawn([0, 1], whom_it_reached, env=[{INTERFACE: "eth0"}, {INTERFACE: "eth1"}], timeout_s=4) as ranks:
+    with hosts.spawn([0, 1], whom_it_reached, env=[{INTERFACE: "eth0"}, {INTERFACE: "eth1"}], timeout_s=2) as ranks:
         errors = errors_of(ranks.wait(30))
     kind, message = errors[1]
     assert kind == "ConnectError"

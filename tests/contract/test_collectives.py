@@ -94,7 +94,7 @@ def check_large(world: Any, count: int) -> dict[str, int]:
     return verdicts.checksums
 
 
-@pytest.mark.parametrize(("size", "transport", "count"), [(n, t, 300_001) for t in ("shm", "tcp") for n in (2, 3, 5, 8)])
+@pytest.mark.parametrize(("size", "transport", "count"), [(n, t, 300_001) for t in ("shm", "tcp") for n in (2, 3, 5)])
 def test_a_large_vector_of_odd_length_is_exact(size: int, transport: str, count: int) -> None:
     assert_same_bits(run_ranks(size, check_large, count, transport=transport), at_least=3 * 3 * 3)
 

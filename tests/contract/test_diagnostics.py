@@ -108,7 +108,7 @@ def test_the_last_operations_of_the_dead_rank_are_written_down_too(tmp_path: Pat
 def time_out(world: Any) -> str:
     world.barrier()
     if world.rank == 1:
-        time.sleep(1.5)
+        time.sleep(1.0)
         return ""
     with pytest.raises(CollectiveTimeout) as caught:
         world.all_reduce(torch.zeros(7))

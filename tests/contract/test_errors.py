@@ -107,18 +107,18 @@ def stay_away(world: Any, transport_wait_s: float) -> str:
         return ""
     started = time.monotonic()
     message = message_of(lambda: world.all_gather(torch.zeros(15), torch.zeros(5)), CollectiveTimeout)
-    assert 0.9 < time.monotonic() - started < 2.5
+    assert 0.4 < time.monotonic() - started < 1.1
     return message
 
 
 @every_transport
 def test_a_timeout_names_who_is_missing_and_its_last_operation(transport: str) -> None:
-    outcomes = outcomes_of(3, stay_away, 3.0, transport=transport, collective_timeout_s=1.0)
+    outcomes = outcomes_of(3, stay_away, 1.2, transport=transport, collective_timeout_s=0.5)
     for outcome in outcomes:
         assert outcome.returned, str(outcome)
         if outcome.rank != 1:
             assert "all_gather" in outcome.value
-            assert "1.0 s" in outcome.value or "1 s" in outcome.value
+            assert "0.5 s" in outcome.value
             if transport == "shm":  # read from its shared page, which another host does not have
                 assert "all_reduce" in outcome.value, f"the last operation of rank 1 is missing: {outcome.value}"
     assert any("rank 1" in outcome.value for outcome in outcomes)
@@ -129,7 +129,7 @@ def receive_in_vain(world: Any) -> str:
     if world.rank == 0:
         message = message_of(lambda: world.recv(torch.zeros(3), 1), CollectiveTimeout)
     else:
-        deadline = time.monotonic() + 1.5
+        deadline = time.monotonic() + 1.0
         while time.monotonic() < deadline:
             time.sleep(0.01)
     return message
@@ -268,7 +268,7 @@ def do_nothing(world: Any) -> int:
 
 @every_transport
 def test_ranks_that_leave_at_once_do_not_break_the_start_of_slower_ones(transport: str) -> None:
-    for _ in range(10):
+    for _ in range(5):
         assert run_ranks(6, do_nothing, transport=transport) == [6] * 6
 
 

@@ -7,6 +7,7 @@ import os
 import runpy
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,45 +46,52 @@ class Trained:
     records: list[dict[str, float]]
 
 
+def train(folder: Path, ranks: int, text: Path, steps: int, *more: str) -> Trained:
+    done = run(folder, ranks, *TINY, "--data", str(text), "--steps", str(steps), *more, options=("--log-dir", "logs"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return Trained(folder, done.stdout, records(folder / "logs" / "metrics.jsonl"))
+
+
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, text: Path) -> dict[int, Trained]:
-    """Six steps on one rank and on two. Of the 7 rows of a batch, one of two ranks has 4, the other 3."""
-    results = {}
-    for ranks in (1, 2):
-        folder = tmp_path_factory.mktemp(f"on-{ranks}")
-        done = run(folder, ranks, *TINY, "--data", str(text), "--steps", "6", options=("--log-dir", "logs"))
-        assert done.returncode == 0, done.stdout + done.stderr
-        results[ranks] = Trained(folder, done.stdout, records(folder / "logs" / "metrics.jsonl"))
-    return results
+def trained(tmp_path_factory: pytest.TempPathFactory, text: Path) -> tuple[Trained, Trained]:
+    """Six steps on a rank alone; and one, resumed on two ranks up to the sixth. Of the 7 rows of a batch, one of two ranks has 4, the other 3."""
+    whole, resumed = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("resumed")
+    with ThreadPoolExecutor() as at_once:
+        one, _ = at_once.map(lambda folder, steps: train(folder, 1, text, steps), (whole, resumed), (6, 1))
+    return one, train(resumed, 2, text, 6, "--resume")
 
 
-def test_two_ranks_learn_what_one_learns(trained: dict[int, Trained]) -> None:
-    one, two = trained[1].records, trained[2].records
-    assert [record["step"] for record in two] == [1, 2, 3, 4, 5, 6, 6]
-    for mine, theirs in zip(one, two, strict=True):
-        key = "loss" if "loss" in mine else "validation_loss"
-        assert mine[key] == pytest.approx(theirs[key], abs=SAME)
-    assert two[-1]["validation_loss"] < two[0]["loss"]
+@pytest.fixture
+def on_one_rank(trained: tuple[Trained, Trained]) -> Trained:
+    return trained[0]
 
 
-def test_it_tells_the_loss_a_sample_and_where_everything_is(trained: dict[int, Trained]) -> None:
-    told = trained[2].told
-    for said in ("step 6  validation loss", "def read_", "checkpoint  run/step-6", "logs/metrics.jsonl", "--steps 12 --resume"):
-        assert said in told
-    assert (trained[2].folder / "run" / "step-6" / "manifest.json").exists()
+@pytest.fixture
+def on_two_ranks(trained: tuple[Trained, Trained]) -> Trained:
+    return trained[1]
 
 
-def test_a_resumed_run_goes_on_where_it_was_on_another_number_of_ranks(tmp_path: Path, text: Path, trained: dict[int, Trained]) -> None:
+def losses(trained: Trained) -> list[float]:
+    return [record["loss"] for record in trained.records if "loss" in record]
+
+
+def test_two_ranks_resume_from_one_and_learn_what_one_learns(on_one_rank: Trained, on_two_ranks: Trained) -> None:
+    assert [record["step"] for record in on_two_ranks.records] == [1, 1, 2, 3, 4, 5, 6, 6]
     # The learning rate depends on --steps, but not in the first twentieth of the warm-up.
-    for ranks, steps, more in ((2, "1", ()), (1, "3", ("--resume",))):
-        done = run(tmp_path, ranks, *TINY, "--data", str(text), "--steps", steps, *more)
-        assert done.returncode == 0, done.stdout + done.stderr
-    losses = [record["loss"] for record in records(tmp_path / "run" / "metrics.jsonl") if "loss" in record]
-    assert losses == pytest.approx([record["loss"] for record in trained[1].records[:3]], abs=SAME)
+    assert losses(on_two_ranks) == pytest.approx(losses(on_one_rank), abs=SAME)
+    one, two = (trained.records[-1]["validation_loss"] for trained in (on_one_rank, on_two_ranks))
+    assert two == pytest.approx(one, abs=SAME)
+    assert two < losses(on_two_ranks)[0]
 
 
-def test_a_checkpoint_of_another_size_lists_what_differs(trained: dict[int, Trained], text: Path) -> None:
-    done = run(trained[1].folder, 2, "--data", str(text), "--out", "run", "--resume")
+def test_it_tells_the_loss_a_sample_and_where_everything_is(on_two_ranks: Trained) -> None:
+    for said in ("step 6  validation loss", "def read_", "checkpoint  run/step-6", "logs/metrics.jsonl", "--steps 12 --resume"):
+        assert said in on_two_ranks.told
+    assert (on_two_ranks.folder / "run" / "step-6" / "manifest.json").exists()
+
+
+def test_a_checkpoint_of_another_size_lists_what_differs(on_one_rank: Trained, text: Path) -> None:
+    done = run(on_one_rank.folder, 1, "--data", str(text), "--out", "run", "--resume")
     assert done.returncode == 2
     assert "Incompatible" in done.stderr
     assert "shape of embed.weight: [256, 64] in the checkpoint, [256, 128] in the model" in done.stderr

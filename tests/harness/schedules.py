@@ -39,7 +39,7 @@ class Subject:
         """Yield all schedules worth telling apart: several segment counts (6 is more than the ring keeps in flight), several roots."""
         if self.fallback == "remote" and 9 < size < 17:
             return
-        several = (1, 2, 3, 6) if size <= 5 else (1, 3) if size <= 9 else (1 + size % 3,)
+        several = (1, 2, 3, 6) if size <= 4 else (1, 3) if size == 5 else (1 + size % 3,)
         for segments in several if self.is_segmented else (1,):
             for root in roots(self.op, size) if segments != 2 else [0]:
                 for hosts in self._groupings(size):
@@ -55,7 +55,7 @@ def roots(op: str, size: int) -> list[int]:
     """Return all roots of few ranks, the ends and the middle of many."""
     if op not in ROOTED:
         return [0]
-    return list(range(size)) if size <= 5 else [0, size // 2, size - 1]
+    return list(range(size)) if size <= 4 else [0, size // 2, size - 1]
 
 
 def groupings(size: int) -> list[tuple[int, ...]]:

@@ -65,9 +65,9 @@ def as_if_on_hosts_of_their_own() -> list[Any]:
 
 @libraries("openmpi")
 def test_without_a_secret_several_hosts_get_one_over_mpi(mpi: Mpi) -> None:
-    finished = mpirun(mpi, 3, as_if_on_hosts_of_their_own)
+    finished = mpirun(mpi, 2, as_if_on_hosts_of_their_own)
     assert finished.status == 0, finished.output
-    assert finished.answers == [["mpi", 6, "shm", 6]] * 3
+    assert finished.answers == [["mpi", 3, "shm", 3]] * 2
 
 
 def watch_a_death(algorithm: str | None) -> dict[str, Any]:
@@ -158,12 +158,12 @@ def wait_in_vain(algorithm: str | None) -> dict[str, Any]:
 @libraries("mpich")
 @pytest.mark.parametrize("algorithm", [None, pytest.param("direct", marks=pytest.mark.slow)])
 def test_an_operation_in_which_a_rank_is_missing_times_out_and_names_it(mpi: Mpi, algorithm: str | None) -> None:
-    finished = mpirun(mpi, 3, wait_in_vain, algorithm, env={"RINGFOLD_TIMEOUT_S": "3"})
+    finished = mpirun(mpi, 2, wait_in_vain, algorithm, env={"RINGFOLD_TIMEOUT_S": "1.5"})
     for answer in finished.answers:
         assert answer is not None, finished.output
-        assert (answer["kind"], answer["sum"]) == ("CollectiveTimeout", 3.0), answer
+        assert (answer["kind"], answer["sum"]) == ("CollectiveTimeout", 2.0), answer
         assert answer["again"] < 1.0, "a communicator that has failed fails at once"
         assert re.search(
-            r"all_reduce #1 \(float32 x 10, sum, \w+ over mpi, axis world\).* gave up after its timeout of 3\.0 s\n", answer["message"]
+            r"all_reduce #1 \(float32 x 10, sum, \w+ over mpi, axis world\).* gave up after its timeout of 1\.5 s\n", answer["message"]
         ), answer["message"]
         assert "waiting for rank 1 (" in answer["message"], answer["message"]

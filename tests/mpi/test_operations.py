@@ -264,7 +264,7 @@ CHECKS = {
 }
 
 
-@libraries("openmpi", "mpich")
+@libraries("openmpi")
 def test_every_operation_gives_its_result(mpi: Mpi) -> None:
     size = 3
     finished = mpirun(mpi, size, all_of_them, 1 << 30)

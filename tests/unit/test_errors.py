@@ -18,7 +18,7 @@ TREE = {
     },
     errors.CheckpointError: {errors.Incomplete, errors.Corrupt, errors.Incompatible},
 }
-ALL = [errors.RingfoldError, *(child for children in TREE.values() for child in children)]
+ALL = sorted([errors.RingfoldError, *(child for children in TREE.values() for child in children)], key=lambda error: error.__name__)
 
 
 @pytest.mark.parametrize("parent", TREE, ids=lambda parent: parent.__name__)

@@ -150,8 +150,9 @@ def requests_and_results(
 def test_every_schedule_gives_the_result_of_its_operation(key):
     op = key[0]
     reductions = ("sum", "avg") if op in ("all_reduce", "reduce_scatter", "reduce") else ("sum",)
+    may_share = (False, True) if op in ("reduce_scatter", "all_gather", "gather", "scatter") else (False,)
     ran = 0
-    for size, segments, count, reduction, shared in itertools.product(SIZES, (1, 3), (0, 1, 7, 230), reductions, (False, True)):
+    for size, segments, count, reduction, shared in itertools.product(SIZES, (1, 3), (0, 1, 7, 230), reductions, may_share):
         for root in roots(op, size):
             generator = torch.Generator().manual_seed(count + size)
             values = [torch.randint(-1000, 1000, (count,), generator=generator) for _ in range(size)]
@@ -165,7 +166,7 @@ def test_every_schedule_gives_the_result_of_its_operation(key):
                 kept = op in ("reduce_scatter", "scatter", "all_to_all") and not shared and request.input is not None
                 assert not kept or torch.equal(request.input, values[rank]), where
             ran += 1
-    assert ran >= 80
+    assert ran >= 40
 
 
 def evaluate(order: object, values: list[Tensor]) -> Tensor:
