@@ -52,9 +52,11 @@ train: venv
 	$(RUN) run -n $(N) examples/train_gpt.py --steps $(STEPS)
 	@echo '(to type ringfold yourself: . $(VENV)/bin/activate)'
 
+# Two tests at a time: most wait, for processes to start or for a deadline.
 test: venv mpi
 	$(MAKE) -C csrc/test run
-	$(VENV)/bin/python -m pytest -m 'not slow'
+	$(VENV)/bin/python -m pytest -m 'not slow and not quiet' -n 2 --dist worksteal
+	$(VENV)/bin/python -m pytest -m 'not slow and quiet'
 
 test-full: venv mpi
 	$(MAKE) -C csrc/test run

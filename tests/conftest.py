@@ -16,7 +16,7 @@ from tests.harness.forkserver import close_server, server
 from tests.harness.leaks import no_leaks
 
 # Ranks that are made to fail write down their last operations; not among the user's files.
-FLIGHTS = os.environ.setdefault("RINGFOLD_FLIGHT_DIR", tempfile.mkdtemp(prefix="ringfold-flights-"))
+FLIGHTS = os.environ["RINGFOLD_FLIGHT_DIR"] = tempfile.mkdtemp(prefix="ringfold-flights-")
 
 # A suite started by nohup, or in the background of a script, inherits ignored signals, and so would the launchers that it starts and interrupts.
 for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL), (signal.SIGQUIT, signal.SIG_DFL)):
@@ -29,6 +29,9 @@ def fork_server() -> Iterator[None]:
     """End the server (started by the first `run_ranks`) with the session."""
     yield
     close_server()
+
+
+def pytest_unconfigure() -> None:
     shutil.rmtree(FLIGHTS, ignore_errors=True)
 
 

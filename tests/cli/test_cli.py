@@ -29,6 +29,7 @@ def test_help_is_the_golden_text(name: str) -> None:
     assert output == (GOLDEN / f"help{'_' if name else ''}{name}.txt").read_text()
 
 
+@pytest.mark.quiet
 def test_help_answers_in_under_300_ms() -> None:
     times = []
     for _ in range(5):  # the fastest: another process on the same core is not the command's fault

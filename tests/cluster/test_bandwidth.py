@@ -19,6 +19,8 @@ import torch
 from tests.cluster.hosts import BURST_NBYTES, FRAME_NBYTES, PAYLOAD_NBYTES, Hosts
 from tests.cluster.test_collectives import values_of
 
+pytestmark = pytest.mark.quiet
+
 MIB = 1024 * 1024
 
 

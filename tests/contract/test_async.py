@@ -148,6 +148,7 @@ def slow_rounds(world: Any, windows: int) -> list[float]:
     return result
 
 
+@pytest.mark.quiet
 @pytest.mark.parametrize("transport", ["shm", "tcp"])
 def test_a_waiter_is_woken_by_its_peer_and_not_by_a_timer(transport: str) -> None:
     """More ranks than cores sleep while they wait; a lost wake-up costs a whole timer period (50 ms) and not a time slice."""

@@ -174,6 +174,7 @@ def check_wait_is_counted(world: Any) -> float:
     return float(world.seconds_waited - before)
 
 
+@pytest.mark.quiet
 def test_seconds_waited_is_the_time_spent_waiting_for_others() -> None:
     late, punctual = run_ranks(2, check_wait_is_counted)
     assert punctual >= 0.1

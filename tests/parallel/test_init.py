@@ -73,6 +73,7 @@ def attempts(transport: str) -> Iterator[list[dict[str, Any]]]:
 every_transport = pytest.mark.parametrize("transport", ["shm", "tcp"])
 
 
+@pytest.mark.quiet
 @every_transport
 def test_two_hundred_times_in_one_process_are_quick_and_leave_nothing(transport: str) -> None:
     assert any(max(found["median_s"] for found in ranks) < 0.020 for ranks in attempts(transport))

@@ -384,6 +384,7 @@ REPEAT = """
 """
 
 
+@pytest.mark.quiet
 @pytest.mark.parametrize("mode", ["launcher", "handoff", "address"])
 def test_two_hundred_joins_are_fast_and_leave_nothing(workers, mode):
     with two_ports() as port, StoreServer(SECRET.encode()) as server:
