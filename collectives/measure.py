@@ -11,6 +11,7 @@ receives.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -47,7 +48,7 @@ def measure_links(world: Communicator) -> tuple[Link, Link]:
     hosts = membership.host_of
     near, far = SHM if membership.job.transport != "tcp" else TCP, TCP
     is_one_host = len(set(hosts)) == 1
-    if is_one_host and not (near is SHM and world.topology.remote_reads):
+    if is_one_host and not (world.transport == "shm" and world.topology.remote_reads):
         return near, far
     key = (membership.job.transport, membership.job.streams, *hosts, *membership.pids)
     everyone = world.subgroup(range(world.size), "measure")  # so that the world's operations are numbered from the user's first
@@ -135,5 +136,9 @@ def _seconds(operation: Callable[[], object]) -> float:
 
 
 def _as_measured(link: Link, numbers: torch.Tensor) -> Link:
-    alpha_s, beta_s_per_byte = numbers.tolist()
-    return replace(link, alpha_s=alpha_s, beta_s_per_byte=beta_s_per_byte) if alpha_s > 0 else link
+    """Return the link with measured numbers, to the nearest powers of two: another algorithm folds in another order, which runs of one job
+    should choose alike although no two measurements are."""
+    if not numbers[0] > 0:
+        return link
+    alpha_s, beta_s_per_byte = (2.0 ** round(math.log2(number)) for number in numbers.tolist())
+    return replace(link, alpha_s=alpha_s, beta_s_per_byte=beta_s_per_byte)

@@ -18,11 +18,12 @@ import threading
 import time
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from ringfold.collectives.errors import CollectiveTimeout, CommunicationError, ConfigError
 
-__all__ = ["Driven", "MpiProcess", "mpi"]
+__all__ = ["Driven", "MpiProcess", "mpi", "segments"]
 
 T = TypeVar("T")
 
@@ -211,11 +212,26 @@ class MpiProcess:
 
     def finalise(self, timeout_s: float) -> None:
         """Finalise MPI at the process's end, if it is ours to do so and the other ranks can be expected to."""
-        if self._owns_mpi and self.healthy and not self.MPI.Is_finalized():
+        if self._owns_mpi and not self.MPI.Is_finalized():
+            if not self.healthy:
+                return _unlink_segments()
             try:
                 self.call(self.MPI.Finalize, "MPI_Finalize", timeout_s)
             except CommunicationError as error:
                 print(f"ringfold: {error}", file=sys.stderr)
+                _unlink_segments()
+
+
+def segments() -> list[Path]:
+    """Return the named shared memory of MPICH that this process has mapped; MPICH takes the names away in MPI_Finalize only."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return sorted({Path(path) for line in lines if (path := line.split(maxsplit=5)[-1]).startswith("/dev/shm/mpich_shm_")})
+
+
+def _unlink_segments() -> None:
+    """Leave no shared memory behind where MPI_Finalize is not called; whoever has it mapped keeps it."""
+    for path in segments():
+        path.unlink(missing_ok=True)
 
 
 _process: MpiProcess | None = None

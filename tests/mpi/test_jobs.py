@@ -15,6 +15,7 @@ import torch
 from ringfold.collectives.communicator import world
 from ringfold.collectives.environment import Job
 from ringfold.collectives.errors import CollectiveTimeout, CommunicationError, PeerLost
+from ringfold.collectives.mpi_process import segments
 
 from tests.mpi.launching import Mpi, libraries, mpirun
 
@@ -152,7 +153,7 @@ def wait_in_vain(algorithm: str | None) -> dict[str, Any]:
     tensor = torch.ones(1)
     comm.all_reduce(tensor)
     comm.close()
-    return seen | {"sum": float(tensor)}
+    return seen | {"sum": float(tensor), "segments": [str(path) for path in segments()]}
 
 
 @libraries("mpich")
@@ -163,6 +164,8 @@ def test_an_operation_in_which_a_rank_is_missing_times_out_and_names_it(mpi: Mpi
         assert answer is not None, finished.output
         assert (answer["kind"], answer["sum"]) == ("CollectiveTimeout", 2.0), answer
         assert answer["again"] < 1.0, "a communicator that has failed fails at once"
+        assert bool(answer["segments"]) == (mpi.name == "mpich")
+        assert not any(Path(path).exists() for path in answer["segments"]), "without MPI_Finalize we take away what MPICH would leave"
         assert re.search(
             r"all_reduce #1 \(float32 x 10, sum, \w+ over mpi, axis world\).* gave up after its timeout of 1\.5 s\n", answer["message"]
         ), answer["message"]
