@@ -59,6 +59,10 @@ def world(job: Job | None = None) -> Communicator:
         communicator = Communicator(session, tuple(range(session.world_size)), "world")
         if communicator.size > 1:
             session.links = measure_links(communicator)
+            if session.job.transport == "mpi":
+                from ringfold.collectives.mpi_choice import measure_folds
+
+                session.folds = measure_folds(communicator)
             communicator.set_topology()
             core.forget_recorded(session.context)  # records and counters are of what the user does
         return communicator
@@ -339,7 +343,7 @@ class Communicator(Issuer, Objects):
 
     def explain(self, op: str, nbytes: int) -> str:
         """Return which algorithm an operation of that size takes here, what it is predicted to cost, and why the others were not picked."""
-        return str(self._choose(op, nbytes, None))
+        return str(self._choose(op, nbytes, None)) if self._carrier is None else self._carrier.explain(op, nbytes)
 
     @property
     def seconds_waited(self) -> float:

@@ -30,6 +30,7 @@ from ringfold.collectives.work import Work, Works
 
 if TYPE_CHECKING:
     from ringfold.collectives.cuda.stream_transport import StreamTransport
+    from ringfold.collectives.mpi import MpiTransport
 
 __all__ = ["Issuer"]
 
@@ -52,7 +53,7 @@ class Issuer(Arguments):
         self.transport = "shm" if all(session.near[m] for m in members if m != session.rank) else "tcp"
         self._topology = Topology.on_one_host(self.size)
         self._handle: object | None = None
-        self._carrier: Transport | None = None  # who moves the bytes instead of the core
+        self._carrier: MpiTransport | None = None  # who moves the bytes instead of the core
         self._device: torch.device | None = None  # of the CUDA tensors, once there was one
         self._stays: torch.device | None = None  # the same, unless they go through host memory
         self._device_carrier: StreamTransport | None = None  # who moves the bytes of those that stay

@@ -3,10 +3,10 @@
 Every operation is entered into the C++ core first, as one that is carried elsewhere: so it has a record in the rank's page, a deadline, and
 fails with the communicator when a rank dies, with the same messages as over shm and tcp. What has failed is not waited for; its memory is kept.
 
-MPI's own collectives are the default. A schedule is run where theirs would not keep our promises: half precision (MPI has none, and ours adds in
-f32), min and max of floats (theirs lose a NaN), arithmetic of short integers (Open MPI's saturates where it uses AVX), and pieces that lie
-beyond an MPI count. Ranks that issue different operations meet no partner and time out, unless the sizes tell MPI first: there is no
-fingerprint in an MPI message.
+MPI's own collectives are the default. A schedule is run where it is faster (mpi_choice.py), or where theirs would not keep our promises: half
+precision (MPI has none, and ours adds in f32), min and max of floats (theirs lose a NaN), arithmetic of short integers (Open MPI's saturates where
+it uses AVX), and pieces that lie beyond an MPI count. Ranks that issue different operations meet no partner and time out, unless the sizes tell
+MPI first: there is no fingerprint in an MPI message.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-from ringfold.collectives import carried, mpi_requests
+from ringfold.collectives import carried
 from ringfold.collectives._native import Outcome, check, core
 from ringfold.collectives.algorithms import build
 from ringfold.collectives.codes import FOLDING, MESSAGES
 from ringfold.collectives.cost import Topology
 from ringfold.collectives.errors import ConfigError
-from ringfold.collectives.fold import HALF
 from ringfold.collectives.interpreter import Execution, Plan
+from ringfold.collectives.mpi_choice import is_native
 from ringfold.collectives.mpi_process import MpiProcess, mpi
 from ringfold.collectives.mpi_requests import Mismatch, Native, PointToPoint, Receive, Send
 from ringfold.collectives.page import State
@@ -38,9 +38,6 @@ STANDS_AFTER_S = 0.25
 STANDS_AGAIN_S = 0.1
 # The core's error codes, see csrc/common/error.h.
 MISMATCH, CLOSED, SYSTEM = 3, 4, 5
-
-SHORT = (torch.int8, torch.int16, torch.uint8)
-IN_PIECES = ("reduce_scatter", "all_gather", "gather", "scatter", "all_to_all")
 
 
 class MpiTransport:
@@ -165,6 +162,20 @@ class MpiTransport:
         """Do what can be done without waiting."""
         self._process.poll()
 
+    def explain(self, op: str, nbytes: int) -> str:
+        """Return which way an operation on float32 vectors of that size takes, and why; and which schedule runs where it cannot be MPI's own."""
+        count = max(0, nbytes) // 4
+        request = Request(op, "sum", torch.float32, count, None, None, input_counts=() if nbytes < 0 and op == "all_to_all" else None)
+        ours = str(carried.choose(request, self._topology()))
+        library = self._mpi.Get_library_version().splitlines()[0].split(",")[0]
+        if not is_native(request, self._session.folds):
+            return f"{ours}\n  over the messages of {library}: {self._session.folds}"
+        why = "its collectives have no Python between two steps"
+        if op in FOLDING and self._session.folds is not None:
+            why += f"; of large folds the faster way is taken: {self._session.folds}"
+        otherwise = "  where that would break a promise (half precision, NaN in min and max, short integers):\n    " + ours.replace("\n", "\n    ")
+        return f"{op} over mpi: native, by {library}\n  because {why}\n{otherwise}"
+
     # -- which way --------------------------------------------------------------------------------------------------------------------
 
     def _choose(self, request: Request) -> tuple[str, Callable[[], _Running]]:
@@ -178,26 +189,10 @@ class MpiTransport:
             assert tensor is not None
             message = Send if request.op == "send" else Receive
             return "none", lambda: message(MPI, comm, tensor.detach(), request.peer, request.tag)
-        if self._is_native(request):
+        if is_native(request, self._session.folds):
             return "native", lambda: Native(MPI, comm, request, self._rank)
         plan, tag = self._plan(request), self._tag()
         return plan.schedule.algorithm, lambda: Execution(plan, request, self._wires, tag)
-
-    def _is_native(self, request: Request) -> bool:
-        why = None
-        if request.op in FOLDING and request.dtype in HALF:
-            why = f"MPI cannot add {request.dtype}"
-        elif request.op in FOLDING and request.dtype.is_floating_point and request.reduction in ("min", "max"):
-            why = f"MPI's own {request.reduction} may lose a NaN"
-        elif request.op in FOLDING and request.dtype in SHORT and request.reduction in ("sum", "avg", "prod"):
-            why = f"MPI's own {request.reduction} of {request.dtype} may saturate instead of wrap"
-        elif request.op in IN_PIECES and request.count > mpi_requests.LIMIT:
-            why = f"{request.count} elements are more than the {mpi_requests.LIMIT} that its counts hold"
-        if request.algorithm == "native" and why is not None:
-            raise ConfigError(f"{request.op} with algorithm='native': {why}. Leave the algorithm out, and a schedule of ringfold's runs over MPI")
-        if request.op == "all_to_all" and request.input_counts is not None and request.algorithm is None:
-            return False  # ranks know different sizes, and must choose alike
-        return why is None and request.algorithm in (None, "native")
 
     def _plan(self, request: Request) -> Plan:
         topology = self._topology()

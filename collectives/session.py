@@ -10,6 +10,7 @@ import os
 import socket
 import weakref
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ringfold.collectives import flight_recorder, rendezvous
 from ringfold.collectives._native import check, core, pool
@@ -18,6 +19,9 @@ from ringfold.collectives.cost import SHM, TCP, Link
 from ringfold.collectives.environment import Job
 from ringfold.collectives.errors import CommunicationError
 from ringfold.collectives.page import Page, State
+
+if TYPE_CHECKING:
+    from ringfold.collectives.mpi_choice import Folds
 
 __all__ = ["Session"]
 
@@ -38,6 +42,7 @@ class Session:
         self.world_size = membership.world_size
         self.communicators_made: dict[tuple[str, tuple[int, ...]], int] = {}
         self.links: tuple[Link, Link] = (SHM, TCP)  # inside a host and between hosts; of a job on several hosts as measured
+        self.folds: Folds | None = None  # of a job over MPI as measured
         self.communicator_names: dict[int, str] = {}  # by the number that the core and the page know them by
         self._has_recorded = False
         self.near = [rank in membership.links and membership.links[rank].family == socket.AF_UNIX for rank in range(self.world_size)]

@@ -242,6 +242,20 @@ def check_refusals(comm: Communicator) -> int:
     return 3
 
 
+def check_choice(comm: Communicator) -> int:
+    """Every rank is told the same; small operations are MPI's own, and what is folded in half precision never is."""
+    small, large = comm.explain("all_reduce", 4), comm.explain("all_reduce", 64 << 20)
+    assert small.startswith("all_reduce over mpi: native, by ")
+    assert "when the world opened, 8 MiB took" in large
+    for text in (small, large):
+        assert comm.all_gather_object(text) == [text] * comm.size
+    before = comm.counters["all_reduce"].calls
+    total = torch.full((3_000_001,), float(comm.rank))
+    comm.all_reduce(total)  # whichever way
+    assert torch.equal(total, torch.full_like(total, sum(range(comm.size))))
+    return comm.counters["all_reduce"].calls - before
+
+
 def check_large(comm: Communicator) -> int:
     """Vectors of many segments, and far more than what a library sends at once."""
     for algorithm in ("native", "ring", "direct", "halving_doubling", "tree"):
@@ -260,6 +274,7 @@ CHECKS = {
     "messages": check_messages,
     "in flight": check_in_flight,
     "refusals": check_refusals,
+    "choice": check_choice,
     "large": check_large,
 }
 

@@ -38,6 +38,7 @@ MAY_IMPORT_TORCH = {
     "collectives/fold.py",
     "collectives/interpreter.py",
     "collectives/mpi.py",
+    "collectives/mpi_choice.py",
     "collectives/mpi_requests.py",
 }
 CORE_IS_IMPORTED_BY = {"collectives/_native.py"}
