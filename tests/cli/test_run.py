@@ -241,7 +241,7 @@ def test_on_a_terminal_rank_0_has_one_of_its_own_and_ctrl_c_reaches_only_the_lau
     process = subprocess.Popen(command("run", "-n", "2", path), stdin=writer, stdout=writer, stderr=writer, env=environ, start_new_session=True)
     os.close(writer)
     text = b""
-    while b"True 86" not in text or b"False 0" not in text:
+    while b"True 86\r\n" not in text or b"False 0\r\n" not in text:
         text += os.read(reader, 1000)
     assert b"\x1b[36m[0]\x1b[0m True 86\r\n" in text
     assert b"\x1b[33m[1]\x1b[0m False 0\r\n" in text
