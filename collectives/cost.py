@@ -30,7 +30,8 @@ class Link:
     alpha_s: from a send to its completed receive, of an empty message. beta_s_per_byte: for a byte sent, while as much is received.
     gamma_s_per_byte: for a byte of one operand folded into another. access_s_per_byte: for a byte read or written in a peer's
     registered memory, read_s_per_byte: for one read in memory of a peer that is not registered (infinite where there is no such way). crowding:
-    by how much beta grows with each peer that sends to the same rank at the same time beyond the first.
+    by how much beta grows with each peer that sends to the same rank at the same time beyond the first. meeting_s: what it costs beyond its steps
+    that all ranks must have come before any goes on; where they outnumber the cores, it is time slices.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Link:
     access_s_per_byte: float
     read_s_per_byte: float
     crowding: float
+    meeting_s: float = 0.0
 
     def latency_s(self, rounds: float, messages: float) -> float:
         """Return the time of `messages` issued by a rank, of which `rounds` wait one for the other, without that of their bytes."""

@@ -21,7 +21,7 @@ from dataclasses import replace
 from ringfold.collectives.algorithms import direct, ring
 from ringfold.collectives.algorithms.direct import own_chunk, peers_of
 from ringfold.collectives.cost import Cost, Topology
-from ringfold.collectives.schedule import Block, Buffer, Kind, Schedule, Step
+from ringfold.collectives.schedule import ROOTED, Block, Buffer, Kind, Schedule, Step
 
 __all__ = ["all_gather", "all_reduce", "all_to_all", "broadcast", "cost", "gather", "reduce", "reduce_scatter", "remote_seconds", "scatter"]
 
@@ -108,6 +108,8 @@ def cost(op: str, topology: Topology, nbytes: int) -> Cost:
     # Operands are read by the fold itself; what else is read or written in a peer's memory: results, chunks, the root's vector.
     accessed = {"reduce_scatter": 0.0, "reduce": nbytes / size}.get(op, _read(op, size, nbytes))
     seconds = link.latency_s(2, 2 * others) + _folded(op, size, nbytes) * link.gamma_s_per_byte
+    if op in ROOTED:  # the others need not wait for all: who is done with its part goes on
+        seconds += link.meeting_s
     return Cost(2, 0, seconds + accessed * link.access_s_per_byte)
 
 
