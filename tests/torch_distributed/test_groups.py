@@ -10,6 +10,7 @@ import subprocess
 import threading
 import time
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -151,8 +152,12 @@ def lose_a_rank(folder: str) -> list[str]:
     with ringfold_group(folder) as (rank, _):
         model = DistributedDataParallel(nn.Linear(50, 50))
         model(torch.ones(2, 50)).sum().backward()
+        done = [Path(folder, f"done {other}") for other in (0, 2)]
         if rank == 1:
+            while not all(path.exists() for path in done):  # else it may die while another still waits in its first backward
+                time.sleep(0.001)
             os._exit(9)
+        done[rank // 2].touch()
         errors = []
         try:
             model(torch.ones(2, 50)).sum().backward()
