@@ -111,9 +111,9 @@ def train_without_one_reduction(world) -> None:
     def spoil_the_last(self: GradientBuckets, bucket) -> None:
         own = bucket.flat.clone()
         launch(self, bucket)
-        if self._launched == len(self._buckets):
+        if self._launched == len(self._buckets) - 1:
             bucket.work.wait()
-            bucket.flat[: -len(bucket.slots)] = own[: -len(bucket.slots)]
+            bucket.flat[: bucket.bucket.numel] = own[: bucket.bucket.numel]
 
     GradientBuckets._launch = spoil_the_last
     try:
