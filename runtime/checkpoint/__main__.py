@@ -42,9 +42,8 @@ def ls(directory: Path) -> None:
     if not found:
         click.echo(f"no checkpoints in {directory}")
         return
-    console = Console()
     # Whoever reads it from a pipe wants whole lines.
-    console.print(table_of(found, datetime.now(UTC)), width=None if console.is_terminal else 400)
+    Console(width=None if sys.stdout.isatty() else 400).print(table_of(found, datetime.now(UTC)))
 
 
 @main.command()
