@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -38,6 +39,7 @@ _CODES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+_HASHED_BESIDE_NBYTES = 1 << 20
 _WRITE_NBYTES = 16 << 20  # Tensors on an accelerator or with gaps are copied one at a time; files are written in pieces of this size.
 
 
@@ -74,9 +76,8 @@ class TensorFile:
         with open(path, "xb", buffering=0) as file:
             _write_all(file.fileno(), memoryview(self._header))
             for name, tensor in self._tensors.items():
-                data = tensor_bytes(tensor.make() if isinstance(tensor, LazyTensor) else tensor)
-                hashes[name] = hashlib.sha256(data).hexdigest()
-                _write_all(file.fileno(), data)
+                # No name for the bytes: a tensor that is made is gone before the next is.
+                hashes[name] = _write_hashed(file.fileno(), tensor_bytes(tensor.make() if isinstance(tensor, LazyTensor) else tensor))
             os.fsync(file.fileno())
         return hashes
 
@@ -126,6 +127,23 @@ def read_each(path: Path, expected: Mapping[str, str]) -> Iterator[tuple[str, to
         raise Corrupt(f"{path} cannot be read ({error}); it held {_some(list(expected))}.") from None
     if damaged:
         raise Corrupt(f"{path} does not hold what was written: the sha256 differs of {_some(damaged)}.")
+
+
+def _write_hashed(descriptor: int, data: memoryview) -> str:
+    """Write the bytes and return their sha256; of many bytes in a thread beside, for it takes as long as writing and needs another core only."""
+    digest = hashlib.sha256()
+    if len(data) < _HASHED_BESIDE_NBYTES:
+        digest.update(data)
+        _write_all(descriptor, data)
+        return digest.hexdigest()
+    # Not of an executor: those take no more work once the main thread has ended, and an asynchronous save may outlive it.
+    hashing = threading.Thread(target=digest.update, args=(data,), name="checkpoint")
+    hashing.start()
+    try:
+        _write_all(descriptor, data)
+    finally:
+        hashing.join()
+    return digest.hexdigest()
 
 
 def _write_all(descriptor: int, data: memoryview) -> None:

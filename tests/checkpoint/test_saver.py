@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -82,8 +83,9 @@ def overlap_on_ranks(world: Any, folder: Path) -> None:
     saver.close()
 
 
-def test_ranks_train_on_while_their_threads_agree(tmp_path: Path) -> None:
-    run_ranks(3, overlap_on_ranks, tmp_path)
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
+def test_ranks_train_on_while_their_threads_agree(tmp_path: Path, transport: str) -> None:
+    run_ranks(3, overlap_on_ranks, tmp_path, transport=transport)
     for step in (1, 2, 3):
         state = checkpoint.load(tmp_path / f"step-{step}").model_state()
         expected = torch.arange(3.0).repeat_interleave(COUNT) + 10 * (step - 1)
@@ -190,6 +192,22 @@ def test_an_asynchronous_save_takes_the_memory_of_one_copy_of_the_ranks_parts_an
         assert nbytes == 4 * 16 << 20
         assert 0.9 * nbytes < peak < 1.1 * nbytes
         assert left < 0.1 * nbytes
+
+
+@pytest.mark.quiet
+@pytest.mark.slow
+def test_an_asynchronous_save_of_1_gb_costs_the_step_a_tenth_of_the_time_to_write_it(tmp_path: Path) -> None:
+    saver, state = Saver(), {f"w{i}": torch.rand(1 << 22) for i in range(60)}  # 60 times 16 MiB
+    blocked, written = [], []
+    for step in range(6):
+        begin = time.perf_counter()
+        saver.save(tmp_path / f"step-{step}", step=step, model_state=state, keep=1, asynchronous=step % 2 == 0)
+        returned = time.perf_counter() - begin
+        saver.wait()
+        (blocked if step % 2 == 0 else written).append(returned)
+    saver.close()
+    print(f"blocked {blocked} s, written in {written} s")
+    assert min(blocked[1:]) < 0.1 * statistics.median(written)  # the first copy pays for fresh memory
 
 
 SCRIPT = """
