@@ -85,6 +85,7 @@ def ringfold(debug: bool) -> None:
     ringfold doctor                          what works on this machine
     ringfold bench all_reduce -n 2           how fast the ranks talk to each other
     ringfold verify                          that a layout does not change the numbers
+    ringfold checkpoint ls run               which checkpoints there are
     """
 
 
@@ -140,6 +141,13 @@ def bench(benchmark: str | None, n: str, arguments: tuple[str, ...]) -> None:
 def verify(arguments: tuple[str, ...]) -> None:
     """Check that a model trains to the same numbers under a layout as in one process."""
     os.execv(sys.executable, [sys.executable, "-m", "ringfold.runtime.verify", *arguments])
+
+
+@ringfold.command(short_help="List, verify and export checkpoints.", context_settings=_PASS_ON)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def checkpoint(arguments: tuple[str, ...]) -> None:
+    """List, verify and export checkpoints: `ringfold checkpoint ls DIR`, `verify DIR`, `export DIR --to model.safetensors`."""
+    os.execv(sys.executable, [sys.executable, "-m", "ringfold.runtime.checkpoint", *arguments])
 
 
 @ringfold.command(short_help="Say what works on this machine.")

@@ -10,6 +10,7 @@ launcher finds it whatever becomes of the output, and a forgotten shutdown happe
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import os
 import sys
@@ -24,6 +25,7 @@ from ringfold.collectives.errors import ConfigError, PeerLost, RingfoldError
 from ringfold.collectives.work import Work
 from ringfold.parallel.layout import Layout
 from ringfold.parallel.mesh import DeviceMesh
+from ringfold.runtime.checkpoint.saver import close_savers
 from torch import Tensor
 
 __all__ = ["all_reduce", "current_mesh", "init", "shutdown"]
@@ -66,14 +68,17 @@ def init(layout: str | Layout | None = None) -> DeviceMesh:
 
 
 def shutdown() -> None:
-    """Leave the job: close every communicator of the current mesh; does nothing where there is none."""
+    """Leave the job: wait for asynchronous saves, and close every communicator of the current mesh; does nothing where there is none.
+
+    Raises: CheckpointError if such a save has failed; the job is left all the same.
+    """
     global _mesh
     if _mesh is not None:
         mesh, _mesh = _mesh, None
-        try:
-            mesh.close()
-        finally:
-            mesh.world.close()
+        with contextlib.ExitStack() as stack:
+            stack.callback(mesh.world.close)
+            stack.callback(mesh.close)
+            close_savers(mesh.world)
 
 
 def current_mesh() -> DeviceMesh:

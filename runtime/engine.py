@@ -12,6 +12,7 @@ targets fall on them. A rank without rows contributes zero and still takes part.
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterable, Mapping
 from os import PathLike
@@ -185,10 +186,12 @@ class Engine:
             data.load_state_dict(self._positions.pop(0))
         return data
 
-    def save(self, directory: str | PathLike[str]) -> Path:
+    def save(self, directory: str | PathLike[str], *, asynchronous: bool = False) -> Path:
         """Write a checkpoint into `directory`: model, optimizer, scheduler, step, random state, and the position in all sharded data.
 
-        Raises: CheckpointError on every rank; what was there before is still there.
+        Every rank writes a share. If asynchronous, training goes on as soon as that is copied; the next save, and `close`, wait for it.
+
+        Raises: CheckpointError on every rank, of this save or the last asynchronous one; what was there before is still there.
         """
         names = list(self.module.named_parameters())
         extra = {
@@ -196,14 +199,21 @@ class Engine:
             "data": [data.state_dict() for data in self._shards],
             "random": self.mesh.world.all_gather_object(checkpoint.random_state()),
         }
-        return checkpoint.save(
+        # Buffers are rank 0's, as in the beginning: statistics of a BatchNorm that is not synchronised differ, and those of one rank belong together.
+        parameters = {name for name, _ in self.module.named_parameters(remove_duplicate=False)}
+        state = {name: value for name, value in self.module.state_dict().items() if self.mesh.rank == 0 or name in parameters}
+        return self._saver.save(
             directory,
             step=self.step,
-            model_state=self.state_dict(),
+            model_state=state,
             optimizer_state=checkpoint.optimizer_state_by_name(self.optimizer, names),
             extra=extra,
-            comm=self.mesh.world,
+            asynchronous=asynchronous,
         )
+
+    @functools.cached_property
+    def _saver(self) -> checkpoint.Saver:
+        return checkpoint.Saver(self.mesh.world)
 
     def resume(self, directory: str | PathLike[str]) -> int:
         """Load a checkpoint, or the newest complete one of a folder of them, into everything that `save` wrote; return its step.
@@ -226,8 +236,13 @@ class Engine:
         return self.step
 
     def close(self) -> None:
-        """Take the hooks off the model and close the communicator of the gradients; collective. `rf.shutdown()` does not need it."""
+        """Take the hooks off the model, close the communicator of the gradients, and wait for an asynchronous save; collective.
+
+        `rf.shutdown()` does not need it. Raises: CheckpointError, if the last asynchronous save failed.
+        """
         self._buckets.close()
+        if "_saver" in vars(self):
+            self._saver.close()
 
     def _microbatches(self, batch: Any) -> list[Batch]:
         parts = Batch.of(batch).to(self.mesh.device, self._cast).microbatches(self._micro)

@@ -1,23 +1,31 @@
 """Reading a checkpoint: the newest complete one of a folder, checked before anything is changed.
 
-Every rank reads the files itself (all must see the folder), agrees with the others on which checkpoint it is, and raises if any of
-them cannot go on.
+Every rank reads from the files what it wants itself (all must see the folder), agrees with the others on which checkpoint it is, and raises
+if any of them cannot go on. What is wanted says how: a module takes whole tensors, a mapping of TensorParts takes these ranges, an optimizer
+of pieces takes its pieces (piece.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from ringfold.collectives.errors import ConfigError, Corrupt, Incompatible, Incomplete
+from ringfold.collectives.errors import Corrupt, Incompatible, Incomplete
 from ringfold.runtime.checkpoint.agreement import Ranks, on_all_ranks, on_rank_0
-from ringfold.runtime.checkpoint.manifest import NAME, Manifest, Section, TensorEntry, complete_checkpoints
-from ringfold.runtime.checkpoint.optimizer import load_optimizer_state, optimizer_differences
-from ringfold.runtime.checkpoint.tensor_file import read_tensors
-from ringfold.runtime.checkpoint.tree import decode, tensor_names
+from ringfold.runtime.checkpoint.assembly import Range, read_ranges, whole
+from ringfold.runtime.checkpoint.differences import listed, model_differences
+from ringfold.runtime.checkpoint.folder import one_before
+from ringfold.runtime.checkpoint.manifest import NAME, Manifest, Section, complete_checkpoints
+from ringfold.runtime.checkpoint.optimizer import group_of_each, load_optimizer_state, optimizer_differences
+from ringfold.runtime.checkpoint.part import TensorPart
+from ringfold.runtime.checkpoint.piece import Named, Piece, is_elementwise, pieces_of
+from ringfold.runtime.checkpoint.tree import decode
+
+Wanted = torch.nn.Module | Mapping[str, Any]
+T = TypeVar("T")
 
 
 def load(directory: str | PathLike[str], *, comm: Ranks | None = None) -> Checkpoint:
@@ -31,14 +39,15 @@ def load(directory: str | PathLike[str], *, comm: Ranks | None = None) -> Checkp
         Incompatible: another version of the format.
     """
     folder = Path(directory).absolute()
-    path = Path(on_rank_0(comm, lambda: str(_newest(folder))))
-    return Checkpoint(path, on_all_ranks(comm, lambda: Manifest.read(path)), comm)
+    path = folder / on_rank_0(comm, lambda: str(_newest(folder).relative_to(folder)))
+    return Checkpoint(path, on_all_ranks(comm, lambda: _manifest(path)), comm)
 
 
 class Checkpoint:
     """A complete checkpoint on disk. Tensors are read, and their hashes checked, when they are asked for.
 
-    Opened with a communicator, its methods are collective: all ranks call them, and an error of one is raised on all.
+    Opened with a communicator, its methods are collective: all ranks call them, and an error of one is raised on all. An error of a damaged
+    checkpoint names the newest complete one before it.
     """
 
     def __init__(self, path: Path, manifest: Manifest, comm: Ranks | None = None) -> None:
@@ -47,143 +56,172 @@ class Checkpoint:
         self._manifest = manifest
         self._comm = comm
 
-    def load_model(self, module: torch.nn.Module) -> None:
-        """Copy the saved values into the module's own parameters and buffers.
+    def load_model(self, model: Wanted, *, cast: bool = False) -> None:
+        """Copy the saved values into a module's own parameters and buffers, or into the tensors and TensorParts of a mapping by name.
+
+        A mapping names everything that was saved; a tensor of which this rank wants nothing is there with an empty part.
+        cast: convert floating-point values to the dtype that is there.
 
         Raises:
             Incompatible: the state is another model's; every difference is listed, and nothing has been changed.
-            Corrupt: the bytes of a tensor are not those that were saved; nothing has been changed.
+            Corrupt, Incomplete: the bytes of a tensor are not those that were saved; nothing has been changed.
         """
+        _fill(model, self._on_all(lambda: self._read_model(model, cast)))
 
-        def read() -> dict[str, Any]:
-            self._check_model(module.state_dict())
-            state: dict[str, Any] = self._read("model")
-            return state
-
-        state = on_all_ranks(self._comm, read)
-        module.load_state_dict(state)
-
-    def load_optimizer(self, optimizer: torch.optim.Optimizer, named_parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> None:
+    def load_optimizer(self, optimizer: torch.optim.Optimizer, named: Named, *, cast: bool = False) -> None:
         """Put the saved state of every parameter, by its name, and the options of every group into `optimizer`.
+
+        named: pairs (name, parameter), or (name, Piece) for what holds a piece of it; see load_optimizer_state for `cast`.
 
         Raises:
             Incompatible: the groups are of other parameters, or no optimizer was saved; nothing has been changed.
-            Corrupt: the bytes of a tensor are not those that were saved; nothing has been changed.
+            Corrupt, Incomplete: the bytes of a tensor are not those that were saved; nothing has been changed.
         """
-        named = list(named_parameters)
+        pairs = list(named)
+        known = self._known(optimizer, pairs)
+        state = self._on_all(lambda: self._read_optimizer(optimizer, pairs, known, cast))
+        load_optimizer_state(optimizer, pairs, state, cast=cast)
 
-        def read() -> Mapping[str, Any]:
-            self._check_optimizer(optimizer, named)
-            state: Mapping[str, Any] = self._read("optimizer")
-            return state
-
-        load_optimizer_state(optimizer, named, on_all_ranks(self._comm, read))
-
-    def restore(self, module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Load model and optimizer, both or neither.
+    def restore(self, model: Wanted, optimizer: torch.optim.Optimizer, named: Named | None = None, *, cast: bool = False) -> None:
+        """Load model and optimizer, both or neither; `named` is by default what the module names.
 
         Raises:
-            Incompatible, Corrupt: as load_model and load_optimizer; neither has been changed.
+            Incompatible, Corrupt, Incomplete: as load_model and load_optimizer; neither has been changed.
         """
-        named = list(module.named_parameters())
+        if named is None:
+            named = model.named_parameters() if isinstance(model, torch.nn.Module) else model.items()
+        pairs = list(named)
+        known = self._known(optimizer, pairs)
 
         def read() -> tuple[dict[str, Any], Mapping[str, Any]]:
-            self._check_model(module.state_dict())
-            self._check_optimizer(optimizer, named)
-            return self._read("model"), self._read("optimizer")
+            return self._read_model(model, cast), self._read_optimizer(optimizer, pairs, known, cast)
 
-        model_state, optimizer_state = on_all_ranks(self._comm, read)
-        module.load_state_dict(model_state)
-        load_optimizer_state(optimizer, named, optimizer_state)
+        model_state, optimizer_state = self._on_all(read)
+        _fill(model, model_state)
+        load_optimizer_state(optimizer, pairs, optimizer_state, cast=cast)
 
     def model_state(self) -> dict[str, Any]:
-        """Return the saved model state, in new memory on the CPU; tied names give one tensor."""
-        state: dict[str, Any] = on_all_ranks(self._comm, lambda: self._read("model"))
-        return state
+        """Return the whole saved model state, in new memory on the CPU; tied names give one tensor."""
+        return self._on_all(lambda: self._read("model"))  # type: ignore[no-any-return]
 
     def optimizer_state(self) -> dict[str, Any] | None:
-        """Return the saved optimizer state by parameter name, or None if none was saved."""
-        state: dict[str, Any] | None = on_all_ranks(self._comm, lambda: self._read("optimizer"))
-        return state
+        """Return the whole saved optimizer state by parameter name, or None if none was saved."""
+        return self._on_all(lambda: self._read("optimizer"))  # type: ignore[no-any-return]
 
     def extra(self) -> dict[str, Any]:
         """Return what was saved beside model and optimizer."""
-        return on_all_ranks(self._comm, lambda: self._read("extra")) or {}
+        return self._on_all(lambda: self._read("extra")) or {}
+
+    def _on_all(self, operation: Callable[[], T]) -> T:
+        def advised() -> T:
+            try:
+                return operation()
+            except (Corrupt, Incomplete) as error:
+                raise type(error)(f"{error}\n{one_before(self.path, self._manifest.age)}") from None
+
+        return on_all_ranks(self._comm, advised)
 
     def _section(self, name: str) -> Section:
         try:
             return self._manifest.sections[name]
         except KeyError:
-            raise Corrupt(f"the manifest of {self.path} has no section {name!r}. Load another checkpoint.") from None
+            raise Corrupt(f"the manifest of {self.path} has no section {name!r}.") from None
 
     def _read(self, name: str) -> Any:
         section = self._section(name)
-        tensors = self._read_tensors(section.tensors)
-        return decode(section.tree, tensors.__getitem__)
+        return decode(section.tree, self._whole(section, section.tensors).__getitem__)
 
-    def _read_tensors(self, entries: Mapping[str, TensorEntry]) -> dict[str, torch.Tensor]:
-        hashes: dict[str, dict[str, str]] = {}
-        for name, entry in entries.items():
-            for part in entry.parts:
-                hashes.setdefault(part.file, {})[name] = part.sha256
-        files, problems = {}, []
-        for file, expected in hashes.items():
-            try:
-                files[file] = read_tensors(self.path / file, expected)
-            except (Corrupt, Incomplete) as error:
-                problems.append(error)
-        if problems:
-            raise type(problems[0])("\n".join(map(str, problems)))
-        return {name: self._assembled(name, entry, files) for name, entry in entries.items()}
+    def _whole(self, section: Section, names: Any) -> dict[str, torch.Tensor]:
+        ranges = {name: whole(name, section.tensors[name]) for name in names}
+        found = read_ranges(self.path, section.tensors, self._manifest.sizes, ranges.values())
+        return {name: found[one].view(section.tensors[name].placement.shape) for name, one in ranges.items()}
 
-    def _assembled(self, name: str, entry: TensorEntry, files: Mapping[str, Mapping[str, torch.Tensor]]) -> torch.Tensor:
-        parts = [(files[part.file][name], part.coordinate) for part in entry.parts]
-        dtypes = {str(local.dtype).removeprefix("torch.") for local, _ in parts}
-        if dtypes != {entry.dtype}:
-            raise Corrupt(f"{self.path}: {name} is {', '.join(sorted(dtypes))} in its file, and {entry.dtype} in the manifest")
-        full = parts[0][0] if not entry.placement.axes else torch.zeros(entry.placement.shape, dtype=parts[0][0].dtype)
-        try:
-            if entry.placement.axes:
-                for local, coordinate in parts:
-                    entry.placement.put(full, local, coordinate, self._manifest.sizes)
-        except (ConfigError, KeyError) as error:
-            raise Corrupt(f"{self.path}: the parts of {name} do not fit its placement: {error}") from None
-        if tuple(full.shape) != entry.placement.shape:
-            raise Corrupt(f"{self.path}: {name} has shape {list(full.shape)} in its file, and {list(entry.placement.shape)} in the manifest")
-        return full
-
-    def _check_model(self, state: Mapping[str, Any]) -> None:
+    def _read_model(self, model: Wanted, cast: bool) -> dict[str, Any]:
         section = self._section("model")
-        saved = tensor_names(section.tree)
-        differences = [f"missing in the checkpoint: {name} {_form(state[name])}" for name in state if name not in saved]
-        differences += [f"not in the model: {name} {_entry_form(section, saved[name])}" for name in saved if name not in state]
-        for name in saved:
-            if name in state:
-                differences += _differences(name, _entry_form(section, saved[name]), _form(state[name]))
-        differences += self._untied(state, saved)
-        if differences:
-            raise Incompatible(_listed(f"{self.path} was saved from another model", differences))
+        wanted = model.state_dict() if isinstance(model, torch.nn.Module) else model
+        if differences := model_differences(section, wanted, cast):
+            raise Incompatible(listed(f"{self.path} was saved from another model", differences))
+        stored = {name: child["$tensor"] for name, child in section.tree.items() if isinstance(wanted[name], torch.Tensor | TensorPart)}
+        ranges = {}
+        for name, tensor in stored.items():
+            value = wanted[name]
+            ranges[name] = Range(tensor, value.start, value.stop) if isinstance(value, TensorPart) else whole(tensor, section.tensors[tensor])
+        found = read_ranges(self.path, section.tensors, self._manifest.sizes, set(ranges.values()))
+        state: dict[str, Any] = {}
+        for name, child in section.tree.items():
+            if name in ranges:
+                value = wanted[name]
+                state[name] = found[ranges[name]] if isinstance(value, TensorPart) else found[ranges[name]].view(value.shape)
+            else:
+                state[name] = decode(child, lambda tensor: self._whole(section, [tensor])[tensor])
+        return state
 
-    def _check_optimizer(self, optimizer: torch.optim.Optimizer, named: list[tuple[str, torch.nn.Parameter]]) -> None:
-        tree = self._section("optimizer").tree
+    def _known(self, optimizer: torch.optim.Optimizer, named: Named) -> set[str]:
+        """Return the names that any rank's optimizer has a piece of."""
+        mine = on_all_ranks(self._comm, lambda: list(group_of_each(optimizer, named)))
+        everyone = [mine] if self._comm is None or self._comm.size == 1 else self._comm.all_gather_object(mine)
+        return {name for names in everyone for name in names}
+
+    def _read_optimizer(self, optimizer: torch.optim.Optimizer, named: Named, known: set[str], cast: bool) -> Mapping[str, Any]:
+        section = self._section("optimizer")
+        tree = section.tree
         if tree is None:
             raise Incompatible(f"{self.path} holds no optimizer state; only its model can be loaded")
-        if differences := optimizer_differences(tree["param_groups"], optimizer, named):
-            raise Incompatible(_listed(f"{self.path} was saved with another optimizer", differences))
+        groups = group_of_each(optimizer, named)
+        pieces = {name: piece for name, piece in pieces_of(named) if name in groups}
+        forms = decode(tree.get("parameters", {}), dict[str, torch.Tensor]().__getitem__)
+        saved = {"param_groups": tree["param_groups"], "parameters": forms}
+        if differences := optimizer_differences(saved, pieces, groups, known, cast):
+            raise Incompatible(listed(f"{self.path} was saved with another optimizer", differences))
+        mine = {name: tree["state"][name] for name in pieces if name in tree["state"]}
+        cut = {(name, key): one for name, entries in mine.items() for key, one in _cuts(entries, pieces[name], section).items()}
+        rest = {name: {key: child for key, child in entries.items() if (name, key) not in cut} for name, entries in mine.items()}
+        ranges: dict[str, Range] = {}
 
-    def _untied(self, state: Mapping[str, Any], saved: Mapping[str, str | None]) -> list[str]:
-        """List tensors that are one in the model and had different values when they were saved."""
-        section, differences = self._section("model"), []
-        first: dict[tuple[Any, ...], str] = {}
-        for name, value in state.items():
-            stored = saved.get(name)
-            if stored is None or not isinstance(value, torch.Tensor) or value.numel() == 0:
-                continue
-            known = first.setdefault((value.data_ptr(), value.shape, value.stride()), name)
-            hashes = [part.sha256 for part in section.tensors[stored].parts]
-            if hashes != [part.sha256 for part in section.tensors[saved[known] or stored].parts]:
-                differences.append(f"tied in the model, and different in the checkpoint: {known} and {name}")
-        return differences
+        def note(name: str) -> torch.Tensor:
+            ranges[name] = whole(name, section.tensors[name])
+            return torch.empty(0, device="cpu")
+
+        decode([tree["param_groups"], rest], note)
+        found = read_ranges(self.path, section.tensors, self._manifest.sizes, {*cut.values(), *ranges.values()})
+
+        def tensor(name: str) -> torch.Tensor:
+            return found[ranges[name]].view(section.tensors[name].placement.shape)
+
+        state = decode(rest, tensor)
+        for (name, key), one in cut.items():
+            state[name][key] = TensorPart(found[one], pieces[name].shape, one.start)
+        return {"state": state, "param_groups": decode(tree["param_groups"], tensor), "parameters": forms}
+
+
+def _cuts(entries: Mapping[str, Any], piece: Piece, section: Section) -> dict[str, Range]:
+    """Return which range of an entry's tensor a piece takes, for each entry that has a value for each element of the whole parameter."""
+    if piece.is_whole:
+        return {}
+    named = {key: child["$tensor"] for key, child in entries.items() if isinstance(child, dict) and "$tensor" in child}
+    return {
+        key: Range(tensor, piece.start, piece.stop)
+        for key, tensor in named.items()
+        if is_elementwise(key, section.tensors[tensor].placement.shape, piece.shape)
+    }
+
+
+def _fill(model: Wanted, state: Mapping[str, Any]) -> None:
+    if isinstance(model, torch.nn.Module):
+        model.load_state_dict(state)
+        return
+    with torch.no_grad():
+        for name, value in model.items():
+            target = value.values if isinstance(value, TensorPart) else value
+            if isinstance(target, torch.Tensor):
+                target.copy_(state[name])
+
+
+def _manifest(path: Path) -> Manifest:
+    try:
+        return Manifest.read(path)
+    except Corrupt as error:
+        raise Corrupt(f"{error}\n{one_before(path, None)}") from None
 
 
 def _newest(folder: Path) -> Path:
@@ -191,38 +229,9 @@ def _newest(folder: Path) -> Path:
         return folder
     if not folder.is_dir():
         raise Incomplete(f"there is no checkpoint at {folder}: no such folder")
-    complete = sorted(complete_checkpoints(folder), key=lambda path: Manifest.read(path).age)
+    complete = sorted(complete_checkpoints(folder), key=lambda path: _manifest(path).age)
     if not complete:
         unfinished = sorted(path.name for path in folder.iterdir() if path.is_dir())
         seen = f" (without a {NAME}: {', '.join(unfinished[:10])})" if unfinished else ""
         raise Incomplete(f"there is no complete checkpoint in {folder}{seen}; give the folder that holds step-NUMBER folders, or one of them")
     return complete[-1]
-
-
-def _form(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
-    return "(not a tensor)"
-
-
-def _entry_form(section: Section, tensor: str | None) -> str:
-    if tensor is None:
-        return "(not a tensor)"
-    entry = section.tensors[tensor]
-    return f"{entry.dtype} {list(entry.placement.shape)}"
-
-
-def _differences(name: str, saved: str, wanted: str) -> list[str]:
-    if saved == wanted:
-        return []
-    saved_dtype, _, saved_shape = saved.partition(" ")
-    dtype, _, shape = wanted.partition(" ")
-    differences = [f"shape of {name}: {saved_shape} in the checkpoint, {shape} in the model"] if saved_shape != shape else []
-    if saved_dtype != dtype:
-        differences.append(f"dtype of {name}: {saved_dtype} in the checkpoint, {dtype} in the model")
-    return differences
-
-
-def _listed(what: str, differences: list[str]) -> str:
-    lines = "".join(f"\n  {difference}" for difference in differences)
-    return f"{what}; they differ in {len(differences)}:{lines}\nBuild what was saved, or begin without it."

@@ -11,7 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import torch
@@ -36,26 +39,30 @@ _CODES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+_HASHED_BESIDE_NBYTES = 1 << 20
 _WRITE_NBYTES = 16 << 20  # Tensors on an accelerator or with gaps are copied one at a time; files are written in pieces of this size.
 
 
-class TensorFile:
-    """The plan of a file: its header, its order and its size are known before a byte is written."""
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor that is made when it is written, and forgotten then."""
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        unsupported = [
-            f"{name}: {tensor.layout} {tensor.dtype}, {tensor.device.type}"
-            for name, tensor in tensors.items()
-            if tensor.dtype not in _CODES or tensor.layout is not torch.strided or tensor.is_meta
-        ]
-        if unsupported:
-            raise CheckpointError("these tensors have no place in a safetensors file:\n  " + "\n  ".join(unsupported))
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], torch.Tensor]
+
+
+class TensorFile:
+    """The plan of a file: its header, its order and its size are known before a byte is written. `notes` are texts for its header."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor | LazyTensor], notes: Mapping[str, str] | None = None) -> None:
+        require_storable({name: tensor for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)})
         # Wide elements first, so that every tensor lies at a multiple of its element size.
-        self._tensors = dict(sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])))
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        self._tensors = dict(sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
+        header: dict[str, object] = {"__metadata__": {"format": "pt", **(notes or {})}}
         offset = 0
         for name, tensor in self._tensors.items():
-            nbytes = tensor.numel() * tensor.element_size()
+            nbytes = prod(tensor.shape) * tensor.dtype.itemsize
             header[name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, offset + nbytes]}
             offset += nbytes
         text = json.dumps(header, separators=(",", ":")).encode()
@@ -69,11 +76,21 @@ class TensorFile:
         with open(path, "xb", buffering=0) as file:
             _write_all(file.fileno(), memoryview(self._header))
             for name, tensor in self._tensors.items():
-                data = tensor_bytes(tensor)
-                hashes[name] = hashlib.sha256(data).hexdigest()
-                _write_all(file.fileno(), data)
+                # No name for the bytes: a tensor that is made is gone before the next is.
+                hashes[name] = _write_hashed(file.fileno(), tensor_bytes(tensor.make() if isinstance(tensor, LazyTensor) else tensor))
             os.fsync(file.fileno())
         return hashes
+
+
+def require_storable(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise CheckpointError with all tensors that a file cannot hold."""
+    unsupported = [
+        f"{name}: {tensor.layout} {tensor.dtype}, {tensor.device.type}"
+        for name, tensor in tensors.items()
+        if tensor.dtype not in _CODES or tensor.layout is not torch.strided or tensor.is_meta
+    ]
+    if unsupported:
+        raise CheckpointError("these tensors have no place in a safetensors file:\n  " + "\n  ".join(unsupported))
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
@@ -83,24 +100,50 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def read_tensors(path: Path, expected: Mapping[str, str]) -> dict[str, torch.Tensor]:
-    """Return the named tensors of a file, each checked against its sha256.
+    """Return the named tensors of a file, each checked against its sha256. Raises as `read_each`."""
+    # In memory of torch's own, which is aligned: from where it lies in a file a tensor is slower, and some processors round its sums otherwise.
+    return {name: tensor.clone() for name, tensor in read_each(path, expected)}
+
+
+def read_each(path: Path, expected: Mapping[str, str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (name, tensor) for those of the named tensors of a file that have their sha256. A tensor lies in the file's memory: copy it.
 
     Raises:
         Incomplete: the file is not there.
-        Corrupt: bytes are not those that were written; all the tensors concerned are named.
+        Corrupt: after the last one; bytes are not those that were written. All the tensors concerned are named.
     """
     if not path.exists():
-        raise Incomplete(f"{path} is missing; it held {_some(list(expected))}. Load another checkpoint.")
+        raise Incomplete(f"{path} is missing; it held {_some(list(expected))}.")
+    damaged = []
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in expected}
+            for name, sha256 in expected.items():
+                tensor = file.get_tensor(name)
+                if hashlib.sha256(tensor_bytes(tensor)).hexdigest() == sha256:
+                    yield name, tensor
+                else:
+                    damaged.append(name)
     except (SafetensorError, OSError) as error:
-        raise Corrupt(f"{path} cannot be read ({error}); it held {_some(list(expected))}. Load another checkpoint.") from None
-    damaged = [name for name, tensor in tensors.items() if hashlib.sha256(tensor_bytes(tensor)).hexdigest() != expected[name]]
+        raise Corrupt(f"{path} cannot be read ({error}); it held {_some(list(expected))}.") from None
     if damaged:
-        raise Corrupt(f"{path} does not hold what was written: the sha256 differs of {_some(damaged)}. Load another checkpoint.")
-    # In memory of torch's own, which is aligned: from where it lies in a file a tensor is slower, and some processors round its sums otherwise.
-    return {name: tensor.clone() for name, tensor in tensors.items()}
+        raise Corrupt(f"{path} does not hold what was written: the sha256 differs of {_some(damaged)}.")
+
+
+def _write_hashed(descriptor: int, data: memoryview) -> str:
+    """Write the bytes and return their sha256; of many bytes in a thread beside, for it takes as long as writing and needs another core only."""
+    digest = hashlib.sha256()
+    if len(data) < _HASHED_BESIDE_NBYTES:
+        digest.update(data)
+        _write_all(descriptor, data)
+        return digest.hexdigest()
+    # Not of an executor: those take no more work once the main thread has ended, and an asynchronous save may outlive it.
+    hashing = threading.Thread(target=digest.update, args=(data,), name="checkpoint")
+    hashing.start()
+    try:
+        _write_all(descriptor, data)
+    finally:
+        hashing.join()
+    return digest.hexdigest()
 
 
 def _write_all(descriptor: int, data: memoryview) -> None:

@@ -1,19 +1,21 @@
-"""Writing a checkpoint: whole or not at all.
+"""Writing a checkpoint: every rank its share, whole or not at all.
 
-    .step-300.partial/  model.safetensors  optimizer.safetensors  extra.safetensors  manifest.json   each fsynced, the manifest last
+    .step-300.1f9c02ab.partial/  model-00001-of-00004.safetensors ...  extra.safetensors  manifest.json    each fsynced, the manifest last
     -> rename to step-300/, fsync the folder, then remove what is older than the newest `keep`
 
-A crash at any moment leaves the earlier checkpoints as they were, and at most a hidden folder that the next save removes. Rank 0
-writes, from the full state; one job at a time may save into a folder.
+A crash at any moment leaves the earlier checkpoints as they were, and at most a hidden folder that the next save removes. One job at a
+time may save into a folder. `prepare` works out who writes what (plan.py), `Job.write` writes.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import re
 import shutil
+import socket
+import time
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from os import PathLike
@@ -23,14 +25,21 @@ from typing import Any
 import torch
 from ringfold.collectives.errors import CheckpointError
 from ringfold.parallel.placement import Placement
-from ringfold.runtime.checkpoint.agreement import Ranks, on_rank_0
-from ringfold.runtime.checkpoint.manifest import NAME, Manifest, Part, Section, TensorEntry, complete_checkpoints
-from ringfold.runtime.checkpoint.tensor_file import TensorFile
-from ringfold.runtime.checkpoint.tree import encode
+from ringfold.runtime.checkpoint.agreement import Ranks, on_all_ranks, on_rank_0
+from ringfold.runtime.checkpoint.folder import free_nbytes, make_partial, move_into_place, remove_leftovers, remove_old
+from ringfold.runtime.checkpoint.host_copy import HostCopy
+from ringfold.runtime.checkpoint.manifest import NAME, Manifest, Part, Section, TensorEntry
+from ringfold.runtime.checkpoint.optimizer import merge_optimizer_trees
+from ringfold.runtime.checkpoint.part import TensorPart
+from ringfold.runtime.checkpoint.plan import Catalogue, Plan, Written, make_plan
+from ringfold.runtime.checkpoint.tensor_file import TensorFile, require_storable
+from ringfold.runtime.checkpoint.tree import Leaf, encode
 
-_REPLACED = ".replaced"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_MANIFEST_NBYTES_PER_TENSOR = 512  # generous: an entry of a 4-dim tensor with a 60-letter name takes 400
+_NBYTES_BESIDE_A_TENSOR = 768  # generous: its entries in the manifest and in its file's header, with a name of 60 letters, take 600
+_SEEN_WITHIN_S = 2.0  # network file systems show what another host has made after a moment
+
+Hashes = dict[tuple[str, str], str]
 
 
 def save(
@@ -45,124 +54,161 @@ def save(
 ) -> Path:
     """Save one checkpoint as `directory` (for example run/step-300) and return its absolute path.
 
-    `model_state` is the full state by global name, `optimizer_state` is `optimizer_state_by_name`'s, `extra` any tree of tensors,
-    numbers and text (scheduler, random and data state). With `comm` all its ranks call, only rank 0's state is looked at, and all
-    wait for the end. A checkpoint of that name is replaced. Of the complete checkpoints beside it that are named step-NUMBER the last
-    `keep` saved stay; other names are never removed.
+    `model_state` is the state by global name, `optimizer_state` is `optimizer_state_by_name`'s, `extra` any tree of tensors, numbers and
+    text (scheduler, random and data state). With `comm` all its ranks call and wait for the end, and each writes a share. An ordinary tensor
+    is the same on all ranks that have it; a TensorPart is a piece of one, and the pieces of all ranks cover it. Where other values differ,
+    those of the first rank that has them count. A checkpoint of that name is replaced. Of the complete checkpoints beside it that are named
+    step-NUMBER the last `keep` saved stay; other names are never removed.
 
     Raises:
         CheckpointError: on every rank; the disk is full or cannot be written, or the state cannot be saved. Nothing has changed.
     """
-    target = Path(directory).absolute()
+    return prepare(directory, step, {"model": model_state, "optimizer": optimizer_state, "extra": extra}, comm, keep).write(comm)
 
-    def write() -> str:
-        if keep < 1:
-            raise CheckpointError(f"keep={keep} would remove the checkpoint that is being saved; it must be at least 1")
+
+@dataclass(frozen=True)
+class Job:
+    """A save that is planned: this rank's tensors by file, and what all ranks together will have written.
+
+    `failure` is what has already gone wrong on this rank alone; all ranks raise it when they write.
+    """
+
+    target: Path
+    step: int
+    keep: int
+    plan: Plan
+    files: Mapping[str, Mapping[str, torch.Tensor]]
+    failure: CheckpointError | None = None
+
+    def copied(self, memory: HostCopy) -> Job:
+        """Return the same job on copies of its tensors."""
+        return replace(self, files=memory.take(self.files))
+
+    def write(self, comm: Ranks | None) -> Path:
+        """Write the checkpoint and return its path; collective. Raises as `save`."""
+        partial = self.target.with_name(on_rank_0(comm, self._begin))
+        try:
+            hashes = on_all_ranks(comm, lambda: self._write_files(partial))
+            everyone = [hashes] if comm is None or comm.size == 1 else comm.gather_object(hashes)
+            on_rank_0(comm, lambda: self._commit(partial, everyone or [], 1 if comm is None else comm.size))
+        except BaseException:
+            if comm is None or comm.rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+        return self.target
+
+    @property
+    def _nbytes(self) -> int:
+        return self.plan.nbytes + len(self.plan.written) * _NBYTES_BESIDE_A_TENSOR
+
+    def _begin(self) -> str:
+        target = self.target
         if target.exists() and not (target / NAME).exists() and (not target.is_dir() or any(target.iterdir())):
-            raise CheckpointError(f"{target} exists and is not a checkpoint; save to a folder inside it, such as {target}/step-{step}")
-        _write(target, step, {"model": model_state, "optimizer": optimizer_state, "extra": extra})
+            raise CheckpointError(f"{target} exists and is not a checkpoint; save to a folder inside it, such as {target}/step-{self.step}")
         try:
-            _remove_old(target, keep)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(target.parent)
+            if self._nbytes > free_nbytes(target.parent):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            partial = make_partial(target)
         except OSError as error:
-            raise CheckpointError(f"step {step} is saved to {target}, but an older checkpoint cannot be removed: {error}") from error
-        return str(target)
+            raise self._failed(error) from error
+        return partial.name
 
-    return Path(on_rank_0(comm, write))
-
-
-def _write(target: Path, step: int, trees: Mapping[str, Any]) -> None:
-    encoded = {name: encode(tree, f"the {name} state of step {step}") for name, tree in trees.items()}
-    files = {name: TensorFile(tensors) for name, (tensors, _) in encoded.items() if tensors}
-    count = sum(len(tensors) for tensors, _ in encoded.values())
-    nbytes = sum(file.nbytes for file in files.values()) + count * _MANIFEST_NBYTES_PER_TENSOR
-    partial = target.with_name(f".{target.name}.partial")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(target.parent)
-        if nbytes > _free_nbytes(target.parent):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        partial.mkdir()
+    def _write_files(self, partial: Path) -> Hashes:
+        if self.failure is not None:
+            raise self.failure
+        self._require_visible(partial)
+        hashes: Hashes = {}
         try:
-            sections = {}
-            for name, (tensors, tree) in encoded.items():
-                hashes = files[name].write(partial / _file_name(name)) if name in files else {}
-                sections[name] = Section(tree, {key: _entry(name, key, tensor, hashes[key]) for key, tensor in tensors.items()})
+            for file, tensors in self.files.items():
+                hashes |= {(file, key): sha256 for key, sha256 in TensorFile(tensors).write(partial / file).items()}
+        except OSError as error:
+            raise self._failed(error) from error
+        return hashes
+
+    def _require_visible(self, partial: Path) -> None:
+        deadline = time.monotonic() + _SEEN_WITHIN_S
+        while not partial.exists():
+            if time.monotonic() > deadline:
+                raise CheckpointError(
+                    f"saving step {self.step} failed: host {socket.gethostname()} cannot see {partial}, which rank 0 has made there. "
+                    "Save to a folder that all hosts share, by the same name."
+                )
+            time.sleep(0.05)
+
+    def _commit(self, partial: Path, everyone: list[Hashes], ranks: int) -> None:
+        try:
             saved = datetime.now(UTC).isoformat(timespec="microseconds")
-            manifest = Manifest(step, saved, {"ringfold": metadata.version("ringfold"), "torch": torch.__version__}, {}, sections)
+            versions = {"ringfold": metadata.version("ringfold"), "torch": torch.__version__}
+            manifest = Manifest(self.step, saved, versions, {}, self._sections(everyone), ranks)
             with open(partial / NAME, "x") as file:
                 file.write(manifest.to_json())
                 file.flush()
                 os.fsync(file.fileno())
-            _sync_folder(partial)
-            _move_into_place(partial, target)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-    except OSError as error:
-        raise CheckpointError(_why(error, target, step, nbytes)) from error
+            move_into_place(partial, self.target)
+        except OSError as error:
+            raise self._failed(error) from error
+        try:
+            remove_old(self.target, self.keep)
+        except OSError as error:
+            raise CheckpointError(f"step {self.step} is saved to {self.target}, but an older checkpoint cannot be removed: {error}") from error
+
+    def _sections(self, everyone: list[Hashes]) -> dict[str, Section]:
+        entries: dict[str, dict[str, TensorEntry]] = {
+            section: {name: TensorEntry(held.dtype, Placement(name, held.shape), []) for name, held in tensors.items()}
+            for section, tensors in self.plan.tensors.items()
+        }
+        for one in sorted(self.plan.written, key=lambda one: one.start):
+            file = self.plan.files[one.section, one.rank]
+            range = None if one.key == one.tensor else (one.start, one.stop)
+            entries[one.section][one.tensor].parts.append(Part(file, {}, everyone[one.rank][file, one.key], range))
+        return {section: Section(self.plan.trees[section], tensors) for section, tensors in entries.items()}
+
+    def _failed(self, error: OSError) -> CheckpointError:
+        seen, advice = f"{error.strerror or error} ({error.filename or self.target})", "Save to a folder that can be written."
+        if error.errno in _FULL:
+            free = free_nbytes(self.target.parent)
+            seen = f"the disk is full or a limit is reached ({error.strerror}): {self._nbytes} bytes needed, {free} bytes free"
+            advice = "Free space, or save elsewhere."
+        return CheckpointError(
+            f"saving step {self.step} to {self.target} failed: {seen}. Nothing of it is left, and earlier checkpoints are untouched. {advice}"
+        )
 
 
-def _why(error: OSError, target: Path, step: int, nbytes: int) -> str:
-    seen, advice = f"{error.strerror or error} ({error.filename or target})", "Save to a folder that can be written."
-    if error.errno in _FULL:
-        free = _free_nbytes(next(folder for folder in target.parents if folder.exists()))
-        seen = f"the disk is full or a limit is reached ({error.strerror}): {nbytes} bytes needed, {free} bytes free"
-        advice = "Free space, or save elsewhere."
-    return f"saving step {step} to {target} failed: {seen}. Nothing of it is left, and earlier checkpoints are untouched. {advice}"
+def prepare(directory: str | PathLike[str], step: int, trees: Mapping[str, Any], comm: Ranks | None, keep: int) -> Job:
+    """Agree with all ranks on who writes what of the trees by section; collective, and nothing is written or copied yet.
+
+    Raises:
+        CheckpointError: on every rank; the state cannot be saved.
+    """
+    if keep < 1:
+        raise CheckpointError(f"keep={keep} would remove the checkpoint that is being saved; it must be at least 1")
+
+    def catalogued() -> tuple[dict[str, Mapping[str, Leaf]], dict[str, Catalogue]]:
+        leaves: dict[str, Mapping[str, Leaf]] = {}
+        catalogues = {}
+        for name, tree in trees.items():
+            leaves[name], value = encode(tree, f"the {name} state of step {step}")
+            require_storable({key: leaf.values if isinstance(leaf, TensorPart) else leaf for key, leaf in leaves[name].items()})
+            catalogues[name] = Catalogue.of(leaves[name], value)
+        return leaves, catalogues
+
+    leaves, catalogues = on_all_ranks(comm, catalogued)
+    plan = make_plan(comm, catalogues, {"optimizer": merge_optimizer_trees})
+    rank = 0 if comm is None else comm.rank
+    files: dict[str, dict[str, torch.Tensor]] = {}
+    for one in plan.written:
+        if one.rank == rank:
+            files.setdefault(plan.files[one.section, rank], {})[one.key] = _elements(leaves[one.section][one.tensor], one)
+    if any(tensor.is_cuda for tensors in files.values() for tensor in tensors.values()):
+        torch.cuda.current_stream().synchronize()  # it is copied on other streams
+    return Job(Path(directory).absolute(), step, keep, plan, files)
 
 
-def _entry(section: str, name: str, tensor: torch.Tensor, sha256: str) -> TensorEntry:
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    return TensorEntry(dtype, Placement(name, tuple(tensor.shape)), [Part(_file_name(section), {}, sha256)])
-
-
-def _file_name(section: str) -> str:
-    return f"{section}.safetensors"
-
-
-def _move_into_place(partial: Path, target: Path) -> None:
-    """Rename atomically. A folder cannot be renamed over a full one: the checkpoint replaced stays visible beside it until that is done."""
-    replaced = target.with_name(target.name + _REPLACED)
-    if (target / NAME).exists():
-        os.rename(target, replaced)
-    os.rename(partial, target)
-    _sync_folder(target.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _remove_old(newest: Path, keep: int) -> None:
-    ages = {}
-    for path in complete_checkpoints(newest.parent):
-        if re.fullmatch(r"step-\d+", path.name) and path != newest:
-            try:
-                ages[path] = Manifest.read(path).age
-            except CheckpointError:
-                continue  # not ours to judge, and no reason for the save to fail
-    kept_beside_newest = keep - 1
-    for path in sorted(ages, key=ages.__getitem__)[: max(0, len(ages) - kept_beside_newest)]:
-        hidden = path.with_name(f".{path.name}.removed")
-        os.rename(path, hidden)  # so that a crash while removing leaves no checkpoint with files missing
-        shutil.rmtree(hidden, ignore_errors=True)
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Clear up after a save that was killed: remove what it had not finished, and put back what it was about to replace."""
-    for path in [*folder.glob(".*.partial"), *folder.glob(".*.removed"), *folder.glob(f"*{_REPLACED}")]:
-        original = path.with_name(path.name.removesuffix(_REPLACED))
-        if original != path and not original.exists():
-            os.rename(path, original)
-        else:
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _free_nbytes(folder: Path) -> int:
-    space = os.statvfs(folder)
-    return space.f_bavail * space.f_frsize
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _elements(leaf: Leaf, one: Written) -> torch.Tensor:
+    """Return what is to be written of a leaf: a whole tensor in its own shape, a range of it flattened; a view where it is contiguous."""
+    values, first = (leaf.values, leaf.start) if isinstance(leaf, TensorPart) else (leaf, 0)
+    if one.key == one.tensor:
+        return values.reshape(leaf.shape)
+    return values.detach().resolve_conj().resolve_neg().reshape(-1)[one.start - first : one.stop - first]

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from ringfold.collectives.errors import CheckpointError, Incompatible
+from ringfold.collectives.errors import CheckpointError, ConfigError, Incompatible
 from ringfold.runtime import checkpoint
 from torch import nn
 from torch.optim import lr_scheduler
+
+from tests.checkpoint.state import assert_moments, fill_moments, sharded_adam, whole_adam
 
 FACTORIES: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True),
@@ -181,6 +183,79 @@ def test_a_tied_parameter_is_saved_once_by_its_first_name() -> None:
     optimizer = torch.optim.Adam(model.parameters())
     train(model, optimizer, 1, seed=0)
     assert list(checkpoint.optimizer_state_by_name(optimizer, model.named_parameters(remove_duplicate=False))["state"]) == ["0.weight"]
+
+
+def test_a_piece_has_parts_for_what_it_has_a_value_for_each_element_of() -> None:
+    optimizer, of_name = sharded_adam(1, 3)
+    fill_moments(optimizer, of_name)
+    state = checkpoint.optimizer_state_by_name(optimizer, of_name.items())["state"]
+    for name, piece in of_name.items():
+        assert isinstance(state[name]["step"], torch.Tensor)
+        for key in ("exp_avg", "exp_avg_sq"):
+            part = state[name][key]
+            assert (part.shape, part.start, part.stop) == (piece.shape, piece.start, piece.stop)
+            assert part.values.data_ptr() == optimizer.state[piece.parameter][key].data_ptr()
+
+
+def test_a_piece_of_one_element_keeps_its_step_apart_from_its_elements() -> None:
+    piece = checkpoint.Piece(nn.Parameter(torch.zeros(1)), 2, (2, 3))
+    optimizer = torch.optim.Adam([piece.parameter])
+    optimizer.state[piece.parameter] = {"step": torch.tensor([3.0]), "exp_avg": torch.zeros(1)}
+    state = checkpoint.optimizer_state_by_name(optimizer, [("w", piece)])["state"]["w"]
+    assert isinstance(state["step"], torch.Tensor)
+    assert isinstance(state["exp_avg"], checkpoint.TensorPart)
+
+
+def test_what_is_saved_by_pieces_loads_into_the_same_pieces_without_a_disk() -> None:
+    optimizer, of_name = sharded_adam(1, 3)
+    fill_moments(optimizer, of_name)
+    state = checkpoint.optimizer_state_by_name(optimizer, of_name.items())
+    again, its_pieces = sharded_adam(1, 3)
+    checkpoint.load_optimizer_state(again, its_pieces.items(), state)
+    assert_moments(again, its_pieces)
+
+
+def test_a_piece_that_is_none_is_refused() -> None:
+    for form, start in (((4,), 3), ((2, 2), 0), ((4,), -1)):
+        with pytest.raises(ConfigError, match="not a piece of"):
+            checkpoint.Piece(nn.Parameter(torch.zeros(form)), start, (2, 3))
+        with pytest.raises(ConfigError, match="no part of"):
+            checkpoint.TensorPart(torch.zeros(form), (2, 3), start)
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_state_of_another_precision_is_converted_if_asked_and_refused_if_not(tmp_path: Path, saved: torch.dtype, loaded: torch.dtype) -> None:
+    optimizer, of_name = whole_adam(saved)
+    fill_moments(optimizer, of_name)
+    state = checkpoint.optimizer_state_by_name(optimizer, of_name.items())
+    checkpoint.save(tmp_path / "c", step=1, model_state={}, optimizer_state=state)
+    found = checkpoint.load(tmp_path / "c")
+    other, its_pieces = sharded_adam(0, 1, loaded)
+    said = [str(dtype).removeprefix("torch.") for dtype in (saved, loaded)]
+    with pytest.raises(Incompatible, match=f"dtype of embed: {said[0]} in the checkpoint, {said[1]} in the optimizer"):
+        found.load_optimizer(other, its_pieces.items())
+    assert not other.state
+    found.load_optimizer(other, its_pieces.items(), cast=True)
+    for piece in its_pieces.values():
+        assert {key: value.dtype for key, value in other.state[piece.parameter].items()} == {
+            "step": torch.float32,
+            "exp_avg": loaded,
+            "exp_avg_sq": loaded,
+        }
+    if saved is torch.float32:
+        assert_moments(other, its_pieces, loaded)
+
+
+def test_another_shape_is_told_before_anything_is_changed(tmp_path: Path) -> None:
+    model = build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    train(model, optimizer, 1, seed=0)
+    save(tmp_path / "c", model, optimizer)
+    other = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 2))
+    resumed = torch.optim.SGD(other.parameters(), lr=0.5)
+    with pytest.raises(Incompatible, match=r"shape of 0\.bias: \[5\] in the checkpoint, \[6\] in the optimizer"):
+        checkpoint.load(tmp_path / "c").load_optimizer(resumed, other.named_parameters())
+    assert resumed.param_groups[0]["lr"] == 0.5
 
 
 SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], lr_scheduler.LRScheduler]] = {

@@ -209,8 +209,8 @@ def test_a_changed_manifest_is_corrupt(tmp_path: Path) -> None:
         path.write_text(damaged)
         with pytest.raises(Corrupt, match=r"manifest\.json"):
             checkpoint.load(tmp_path)
-    path.write_text(json.dumps({**json.loads(text), "version": 2}))
-    with pytest.raises(Incompatible, match="version 2"):
+    path.write_text(json.dumps({**json.loads(text), "version": 3}))
+    with pytest.raises(Incompatible, match="version 3"):
         checkpoint.load(tmp_path)
 
 

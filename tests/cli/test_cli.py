@@ -97,3 +97,10 @@ def test_verify_becomes_the_module_with_all_its_arguments(monkeypatch: pytest.Mo
     monkeypatch.setattr(cli.os, "execv", lambda *words: seen.append(words))
     assert invoke("verify", "--layout", "dp2", "-h")[0] == 0
     assert seen == [(sys.executable, [sys.executable, "-m", "ringfold.runtime.verify", "--layout", "dp2", "-h"])]
+
+
+def test_checkpoint_becomes_the_module_with_all_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(cli.os, "execv", lambda *words: seen.append(words))
+    assert invoke("checkpoint", "export", "run", "--to", "x", "-h")[0] == 0
+    assert seen == [(sys.executable, [sys.executable, "-m", "ringfold.runtime.checkpoint", "export", "run", "--to", "x", "-h"])]

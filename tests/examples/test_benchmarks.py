@@ -269,3 +269,15 @@ def test_scaling_compares_every_side_with_a_lone_rank(tmp_path: Path) -> None:
     for row in rows:
         assert row["efficiency"] == pytest.approx(row["samples_per_s"] / (row["ranks"] * lone))
     assert "| strong | 2 | 1 | alone |" in output
+
+
+def test_checkpoint_shows_what_a_save_holds_up_beside_torch(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    output = run_benchmark("checkpoint", "-n", "2", "--nbytes", "20M", "--rounds", "1", "--folder", str(tmp_path), "--json", str(path))
+    rows = {row["side"]: row for row in json.loads(path.read_text())["rows"]}
+    assert list(rows) == ["ringfold sync", "ringfold async", "dcp sync", "dcp async"]
+    for row in rows.values():
+        assert 0 < row["blocked_s"] <= row["disk_s"]
+        assert row["wrong"] == 0
+        assert f"| {row['side']} |" in output
+    assert [name.name for name in tmp_path.iterdir()] == ["result.json"]
