@@ -1,7 +1,7 @@
 """One call of a block that is recomputed: run in forward, when nothing that it saves is kept, and once more when backward needs that.
 
     forward    pack(tensor) -> Slot      the tensor is dropped; the call keeps arguments, surroundings, and copies of buffers that it changed
-    backward   unpack(Slot) -> tensor    the first slot that is asked for runs the block again, up to the last tensor to be saved, and all are filled
+    backward   unpack(Slot) -> tensor    the first slot that is asked for runs the block again, up to the last tensor to be saved, and fills all
 
 The n-th tensor that the second run saves stands for the n-th of the first one. These are the semantics of torch.utils.checkpoint without
 reentrance, which would do but for three things: its hooks hide what a block saves from whoever wants to count it, its errors do not say which block
@@ -22,18 +22,13 @@ from ringfold.parallel.recompute.buffers import BufferCopies
 from ringfold.parallel.recompute.ledger import SavedBytes, Stopwatch
 from ringfold.parallel.recompute.offload import HostOffload
 from ringfold.parallel.recompute.replay import Tape
+from ringfold.parallel.recompute.selective import Kept, OtherCourse
 from ringfold.parallel.recompute.surroundings import Surroundings
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 __all__ = ["Call"]
-
-Contexts = tuple[contextlib.AbstractContextManager[Any], contextlib.AbstractContextManager[Any]]
-
-# What torch's selective checkpoint says when a run has another course than the one before, and when it is to run a third time.
-OTHER_COURSE = "encountered during backward but not found in storage"
-THIRD_RUN = "backward an extra time"
 
 
 class _Enough(BaseException):
@@ -75,8 +70,9 @@ class _Argument:
 class Call:
     """What is needed to run one call of a block again.
 
-    name: the block's, for errors. contexts: what the first and the second run are done in.
-    before: called when a second run is about to begin. stopwatch: a context for each run. saved: told what the first run saves.
+    name: the block's, for errors. kept: keeps outputs of its operations, None for none.
+    before: called when a second run is about to begin. stopwatch: a context for each run.
+    saved, kept_bytes: told what the first run saves, and what it keeps.
     """
 
     def __init__(
@@ -86,17 +82,19 @@ class Call:
         *,
         surroundings: Surroundings,
         buffers: BufferCopies,
-        contexts: Contexts,
+        kept: Kept | None,
         before: Callable[[], None],
         stopwatch: Stopwatch,
         saved: SavedBytes | None,
+        kept_bytes: SavedBytes | None,
         offload: HostOffload | None,
     ) -> None:
         self._name = name
         self._forward = forward
         self._surroundings = surroundings
         self._buffers = buffers
-        self._first, self._second = contexts
+        self._kept = kept
+        self._kept_bytes = kept_bytes
         self._before = before
         self._stopwatch = stopwatch
         self._saved = saved
@@ -118,7 +116,7 @@ class Call:
                 held[id(leaf)] = _Argument(leaf, self._offload)
         self._leaves = [held.get(id(leaf), leaf) for leaf in leaves]
         watched = _watched(arguments, keywords)
-        with self._stopwatch(), saved_tensors_hooks(self._pack, self._unpack), self._surroundings.casting(), self._tape.recording(), self._first:
+        with self._stopwatch(), saved_tensors_hooks(self._pack, self._unpack), self._tape.recording(), self._keeping():
             output = self._forward(*arguments, **keywords)
         changed = [name for name, tensor, version in watched if tensor._version != version]
         if changed:
@@ -129,6 +127,9 @@ class Call:
             )
         self._buffers.finish()
         return output
+
+    def _keeping(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self._kept is None else self._kept.first_run(self._kept_bytes)
 
     def _pack(self, tensor: Tensor) -> Slot:
         if self._saved is not None:
@@ -181,20 +182,13 @@ class Call:
                 self._tape.replaying(),
                 torch.enable_grad(),
                 saved_tensors_hooks(pack, lambda tensor: tensor),
-                self._second,
+                contextlib.nullcontext() if self._kept is None else self._kept.second_run(),
             ):
                 self._forward(*arguments, **keywords)
         except _Enough:
             return
-        except RuntimeError as error:
-            if OTHER_COURSE in str(error):
-                raise self._other_course(f"an operation has no counterpart in forward ({error})") from error
-            if THIRD_RUN in str(error):
-                raise ConfigError(
-                    f'recompute:selective: block "{self._name}" is needed by a second backward, and what was kept of it went with the first. '
-                    "Use recompute:full, or leave it out with Engine(blocks=[...])."
-                ) from error
-            raise
+        except OtherCourse as error:
+            raise self._other_course(str(error)) from None
         raise self._other_course(f"it saved {len(self._slots)} tensors for backward in forward, and {count} now")
 
     def _other_course(self, what: str) -> ConfigError:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -28,16 +29,17 @@ from ringfold.collectives.communicator import Communicator
 from ringfold.collectives.errors import ConfigError
 from ringfold.parallel.blocks import find_blocks
 from ringfold.parallel.layout import Layout
+from ringfold.parallel.recompute import buffers, call, ledger, offload, replay, selective, surroundings
 from ringfold.parallel.recompute.budget import choose_kept
 from ringfold.parallel.recompute.buffers import Buffers
-from ringfold.parallel.recompute.call import Call, Contexts
+from ringfold.parallel.recompute.call import Call
 from ringfold.parallel.recompute.ledger import Account, Arguments, SavedBytes
 from ringfold.parallel.recompute.offload import HostOffload
-from ringfold.parallel.recompute.selective import policy
+from ringfold.parallel.recompute.selective import Kept
 from ringfold.parallel.recompute.surroundings import Surroundings
+from ringfold.parallel.recompute.uncompiled import leave_uncompiled
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext, create_selective_checkpoint_contexts
 
 __all__ = ["Recomputation"]
 
@@ -149,10 +151,11 @@ class Recomputation:
             block.forward,
             surroundings=Surroundings(dict.fromkeys(t.device for t in (*tensors, *block.module.parameters()))),
             buffers=block.buffers.copy(),
-            contexts=_selective_contexts(kept) if self._word == "selective" else (contextlib.nullcontext(), contextlib.nullcontext()),
+            kept=Kept() if self._word == "selective" else None,
             before=functools.partial(self._about_to_recompute, block.module),
             stopwatch=block.account.stopwatch(block.device) if self._measuring else contextlib.nullcontext,
             saved=saved,
+            kept_bytes=kept,
             offload=self._offload,
         )
         output = call.run(arguments, keywords)
@@ -214,23 +217,11 @@ def _itself(forward: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-def _selective_contexts(kept: SavedBytes | None) -> Contexts:
-    if kept is None:
-        return create_selective_checkpoint_contexts(policy)  # type: ignore[no-any-return]
-
-    def counting(context: SelectiveCheckpointContext, operation: Any, *arguments: Any, **keywords: Any) -> CheckpointPolicy:
-        answer = policy(context, operation, *arguments, **keywords)
-        if answer is CheckpointPolicy.MUST_SAVE:
-            for output in tree_leaves(getattr(context, "op_output", None)):  # older versions of torch do not tell
-                if isinstance(output, Tensor):
-                    kept.add(output)
-        return answer
-
-    return create_selective_checkpoint_contexts(counting)  # type: ignore[no-any-return]
-
-
 def _text(nbytes: int) -> str:
     for unit, scale in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
         if nbytes >= scale:
             return f"{nbytes / scale:.1f} {unit}"
     return f"{nbytes} B"
+
+
+leave_uncompiled(buffers, call, ledger, offload, replay, selective, surroundings, sys.modules[__name__])

@@ -17,16 +17,25 @@ A batched product counts as scores if both sides of its matrices are more than S
 that widens by a factor of four is none.
 
 Fused attention with dropout is redone: kept, it would not draw its random numbers again, and all that are drawn after it would be others.
+
+torch.utils.checkpoint has contexts for this, which number every operation of both runs. They fail where the second run casts a weight whose
+cast the first one found in autocast's cache, and where only the first one computed something (replay.py). Here what is kept is numbered alone.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext
+from ringfold.parallel.recompute.ledger import SavedBytes
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-__all__ = ["policy"]
+__all__ = ["Kept", "OtherCourse", "is_kept"]
 
 SCORES = 4
 
@@ -47,22 +56,103 @@ ATTENTION = _overloads(
 )
 
 
-def policy(_: SelectiveCheckpointContext, operation: Any, *arguments: Any, **keywords: Any) -> CheckpointPolicy:
+def is_kept(operation: Any, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> bool:
     """Say whether the output of an operation is kept."""
-    kept = (
-        operation in MATRIX
-        or (operation in BATCHED and not _is_scores(arguments))
-        or (operation in ATTENTION and not _drops(operation, arguments, keywords))
-    )
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+    if operation in BATCHED:
+        left, right = arguments[-2:]  # (B, m, k), (B, k, n)
+        return bool(min(left.shape[-2], right.shape[-1]) <= SCORES * left.shape[-1])
+    return operation in MATRIX or (operation in ATTENTION and not _drops(operation, arguments, keywords))
 
 
-def _is_scores(arguments: tuple[Any, ...]) -> bool:
-    left, right = arguments[-2:]  # (B, m, k), (B, k, n)
-    return bool(min(left.shape[-2], right.shape[-1]) > SCORES * left.shape[-1])
-
-
-def _drops(operation: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> bool:
+def _drops(operation: Any, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> bool:
     """Return whether an attention drops anything; its arguments are as its schema names them."""
     place = [argument.name for argument in operation._schema.arguments].index("dropout_p")
     return bool(keywords.get("dropout_p", arguments[place] if place < len(arguments) else 0.0))
+
+
+class OtherCourse(Exception):
+    """The second run does not come by the operations of the first one."""
+
+
+@dataclass(frozen=True)
+class _Output:
+    """What an operation returned, and how often each of its tensors had been changed in place then."""
+
+    operation: Any
+    value: Any
+    versions: list[int]
+
+    @classmethod
+    def of(cls, operation: Any, value: Any) -> _Output:
+        return cls(operation, value, [tensor._version for tensor in _tensors(value)])
+
+    @property
+    def is_intact(self) -> bool:
+        return self.versions == [tensor._version for tensor in _tensors(self.value)]
+
+
+class Kept:
+    """The outputs that one call of a block keeps."""
+
+    def __init__(self) -> None:
+        self._outputs: list[_Output] = []
+
+    @contextlib.contextmanager
+    def first_run(self, saved: SavedBytes | None) -> Iterator[None]:
+        """Keep outputs, and add their bytes to `saved`."""
+        try:
+            with _Keeping(self._outputs):
+                yield
+        except BaseException:
+            self._outputs.clear()
+            raise
+        # Cut off from the graph, which holds this object: else neither would ever be freed. A detached tensor counts the changes of its original.
+        self._outputs = [_Output(output.operation, _detached(output.value), output.versions) for output in self._outputs]
+        if saved is not None:
+            for output in self._outputs:
+                for tensor in _tensors(output.value):
+                    saved.add(tensor)
+
+    @contextlib.contextmanager
+    def second_run(self) -> Iterator[None]:
+        """Give the outputs again.
+
+        Raises: OtherCourse, inside.
+        """
+        with _Returning(self._outputs):
+            yield
+
+
+class _Keeping(TorchDispatchMode):
+    def __init__(self, outputs: list[_Output]) -> None:
+        super().__init__()
+        self._outputs = outputs
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        value = func(*args, **(kwargs or {}))
+        if is_kept(func, args, kwargs or {}):
+            self._outputs.append(_Output.of(func, value))
+        return value
+
+
+class _Returning(TorchDispatchMode):
+    def __init__(self, outputs: list[_Output]) -> None:
+        super().__init__()
+        self._outputs = iter(outputs)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if is_kept(func, args, kwargs or {}):
+            output = next(self._outputs, None)
+            if output is None or output.operation is not func:
+                raise OtherCourse(f"it came to {func}, and in forward to {'nothing more' if output is None else output.operation}")
+            if output.is_intact:  # else somebody has changed it in place, which only doing it again undoes
+                return _detached(output.value)
+        return func(*args, **(kwargs or {}))
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _detached(value: Any) -> Any:
+    return tree_map_only(Tensor, Tensor.detach, value)

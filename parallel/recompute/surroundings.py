@@ -29,18 +29,13 @@ class Surroundings:
         cpu, states = torch.get_rng_state(), self._device_states()
         self._set(self._cpu, self._states)
         try:
-            with self.casting():
+            with contextlib.ExitStack() as stack:
+                for kind, enabled, dtype in self._casts:
+                    # Without its cache, which would outlive this run if backward itself is called under autocast.
+                    stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))
                 yield
         finally:
             self._set(cpu, states)
-
-    @contextlib.contextmanager
-    def casting(self) -> Iterator[None]:
-        """Autocast as it was, without its cache: casts that one run finds there and another does not would be two different courses."""
-        with contextlib.ExitStack() as stack:
-            for kind, enabled, dtype in self._casts:
-                stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))
-            yield
 
     def _device_states(self) -> list[Tensor]:
         return [torch.get_device_module(device.type).get_rng_state(device) for device in self._devices]
