@@ -29,7 +29,6 @@ from ringfold.collectives.communicator import Communicator
 from ringfold.collectives.errors import ConfigError
 from ringfold.parallel.blocks import find_blocks
 from ringfold.parallel.layout import Layout
-from ringfold.parallel.recompute import buffers, call, ledger, offload, replay, selective, surroundings
 from ringfold.parallel.recompute.budget import choose_kept
 from ringfold.parallel.recompute.buffers import Buffers
 from ringfold.parallel.recompute.call import Call
@@ -48,13 +47,13 @@ class Recomputation:
     """Recompute the blocks of a model as its layout says; without a word there, and without `offload`, nothing is changed.
 
     blocks: patterns of the names of blocks (see `find_blocks`). offload: where kept activations wait. Each block's `forward` is replaced by one
-    that does this, so names, hooks and classes stay; a copy of the model (deepcopy, pickle) is without it.
+    that does this, so names, hooks and classes stay; a copy of the model (deepcopy, pickle) is without it. Of two for one model the later one counts.
 
     `before_recompute`, if it is set, is called with a block each time before its forward runs again in backward. Hooks of the block itself do
     not run then, those of modules in it do.
 
-    Raises: ConfigError: the model has no blocks, or they are recomputed already. And when the model runs: a block changes its arguments in
-    place, or does something else the second time; a budget is too small.
+    Raises: ConfigError: the model has no blocks. And when the model runs: a block changes its arguments in place, or does something else the
+    second time.
     """
 
     before_recompute: Callable[[nn.Module], None] | None = None
@@ -76,9 +75,6 @@ class Recomputation:
                 f"{self._title}: the model has no blocks: no nn.ModuleList, nn.ModuleDict or nn.Sequential with modules that have parameters. "
                 'Name them with Engine(blocks=["encoder.*", ...]).'
             )
-        taken = [name for name, block in self._blocks.items() if isinstance(block.forward, _Block)]
-        if taken:
-            raise ConfigError(f"{self._title}: another Engine recomputes {', '.join(taken)} of this model. Close that first.")
         for block in self._blocks.values():
             block.install()
 
@@ -177,13 +173,16 @@ class _Block:
     def __init__(self, name: str, module: nn.Module, owner: Recomputation) -> None:
         self.name = name
         self.module = module
+        earlier = vars(module).get("forward")
+        if isinstance(earlier, _Block):
+            earlier.remove()
         self.forward = module.forward
         self.is_kept = owner._word is None
         self.account = Account()
         self.buffers = Buffers(module, name)
         self._owner = owner
         self._had_own = "forward" in vars(module)  # a forward of the object, not of its class
-        functools.update_wrapper(self, self.forward)  # for those who ask for its signature
+        functools.update_wrapper(self, self.forward, updated=())  # for those who ask for its signature
 
     @property
     def device(self) -> torch.device:
@@ -224,4 +223,4 @@ def _text(nbytes: int) -> str:
     return f"{nbytes} B"
 
 
-leave_uncompiled(buffers, call, ledger, offload, replay, selective, surroundings, sys.modules[__name__])
+leave_uncompiled(*(module for name, module in sys.modules.items() if name.startswith(f"{__package__}.")))

@@ -237,6 +237,11 @@ def test_blocks_keep_names_signature_and_hooks_and_a_copy_of_the_model_is_plain(
     recomputation.close()
     assert all("forward" not in vars(block) for block in model.blocks)
     recompute(model).close()  # it can be recomputed again
+    earlier, later = recompute(model), recompute(model)
+    earlier.close()
+    assert all(block.forward._owner is later for block in model.blocks)
+    later.close()
+    assert all("forward" not in vars(block) for block in model.blocks)
     own = model.blocks[0].forward = functools.partial(Attention.forward, model.blocks[0])
     recompute(model).close()
     assert model.blocks[0].forward is own
