@@ -129,7 +129,7 @@ class Call:
         return output
 
     def _keeping(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext() if self._kept is None else self._kept.first_run(self._kept_bytes)
+        return contextlib.nullcontext() if self._kept is None else self._kept.first_run(lambda: len(self._slots), self._kept_bytes)
 
     def _pack(self, tensor: Tensor) -> Slot:
         if self._saved is not None:

@@ -11,7 +11,7 @@ dropout and the product with the values, since what they keep of it grows with s
 nothing of that size: its output is as wide as one layer's, and to redo it costs more than to redo a matmul, so it is kept. And where attention is
 written out, its last product is kept too: it is as small as one layer's output, and as expensive. Beyond the paper, everything that
 is cheap is redone also outside of attention: on a CPU as on a GPU these operations are bound by memory, and cost a few passes over what they
-recompute, a tenth of a block's forward or so, while norms and activation functions are half of what is left to keep.
+recompute. (Width 768, sequences of 256, fused attention, one CPU core: 40 % fewer bytes for a fifth of the forward's time.)
 
 A batched product counts as scores if both sides of its matrices are more than SCORES times as long as the dot products are deep; a layer
 that widens by a factor of four is none.
@@ -25,8 +25,8 @@ cast the first one found in autocast's cache, and where only the first one compu
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -76,15 +76,15 @@ class OtherCourse(Exception):
 
 @dataclass(frozen=True)
 class _Output:
-    """What an operation returned, and how often each of its tensors had been changed in place then."""
+    """What an operation returned, how often each of its tensors had been changed in place then, and how many tensors had been saved before."""
 
     operation: Any
     value: Any
     versions: list[int]
+    place: int
 
-    @classmethod
-    def of(cls, operation: Any, value: Any) -> _Output:
-        return cls(operation, value, [tensor._version for tensor in _tensors(value)])
+    def detached(self) -> _Output:
+        return replace(self, value=_detached(self.value))
 
     @property
     def is_intact(self) -> bool:
@@ -98,20 +98,21 @@ class Kept:
         self._outputs: list[_Output] = []
 
     @contextlib.contextmanager
-    def first_run(self, saved: SavedBytes | None) -> Iterator[None]:
-        """Keep outputs, and add their bytes to `saved`."""
+    def first_run(self, saved_count: Callable[[], int], kept_bytes: SavedBytes | None) -> Iterator[None]:
+        """Keep outputs, and add their bytes to `kept_bytes`. `saved_count` says how many tensors have been saved for backward so far."""
         try:
-            with _Keeping(self._outputs):
+            with _Keeping(self._outputs, saved_count):
                 yield
         except BaseException:
             self._outputs.clear()
             raise
-        # Cut off from the graph, which holds this object: else neither would ever be freed. A detached tensor counts the changes of its original.
-        self._outputs = [_Output(output.operation, _detached(output.value), output.versions) for output in self._outputs]
-        if saved is not None:
+        # The second run ends at the last tensor to be saved: what comes after is not needed. And cut off from the graph, which holds
+        # this object, for else neither would ever be freed. A detached tensor counts the changes of its original.
+        self._outputs = [output.detached() for output in self._outputs if output.place < saved_count()]
+        if kept_bytes is not None:
             for output in self._outputs:
                 for tensor in _tensors(output.value):
-                    saved.add(tensor)
+                    kept_bytes.add(tensor)
 
     @contextlib.contextmanager
     def second_run(self) -> Iterator[None]:
@@ -124,14 +125,15 @@ class Kept:
 
 
 class _Keeping(TorchDispatchMode):
-    def __init__(self, outputs: list[_Output]) -> None:
+    def __init__(self, outputs: list[_Output], saved_count: Callable[[], int]) -> None:
         super().__init__()
         self._outputs = outputs
+        self._saved_count = saved_count
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         value = func(*args, **(kwargs or {}))
         if is_kept(func, args, kwargs or {}):
-            self._outputs.append(_Output.of(func, value))
+            self._outputs.append(_Output(func, value, [tensor._version for tensor in _tensors(value)], self._saved_count()))
         return value
 
 

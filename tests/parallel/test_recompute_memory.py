@@ -97,6 +97,17 @@ def test_selective_keeps_matmuls_besides() -> None:
     assert kept_after_forward(model, torch.randn(ROWS, WIDTH)) == 3 * ROWS * (4 * WIDTH + WIDTH + WIDTH) * FLOAT
 
 
+def test_selective_does_not_keep_what_comes_after_all_that_backward_needs() -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(WIDTH, 3 * WIDTH), nn.GELU(), nn.Linear(3 * WIDTH, WIDTH)))
+    recompute(model, "recompute:selective", blocks=["0"])
+    x = torch.randn(ROWS, WIDTH)
+    assert kept_after_forward(model, x) == ROWS * (3 * WIDTH + WIDTH) * FLOAT  # the first layer's output, and the block's own, which the caller has
+    with Alive([x, *model.parameters()]) as alive:
+        shape = model(x).sum().grad_fn  # only the graph is kept
+    assert shape is not None
+    assert alive.nbytes == ROWS * 3 * WIDTH * FLOAT
+
+
 @pytest.mark.parametrize("case", INPUTS)
 def test_the_bytes_that_it_reports_are_those_that_an_independent_account_finds(case: str) -> None:
     build, shape = INPUTS[case]
