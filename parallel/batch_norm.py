@@ -8,6 +8,7 @@ With n_r rows times positions on rank r, mean_r and M_r = sum (x - mean_r)^2 of 
 The sums of dx run over all ranks; the gradients of weight and bias stay those of the rank and are reduced with all others. Merging is
 in float64 and in rank order, so all ranks hold the same bits. A rank with no rows takes part with n_r = 0, in forward and in backward:
 every rank must run both. Cost: one all_gather of 2C + 1 float64 forward, one all_reduce of 2C backward.
+A block that is recomputed keeps the statistics of its first run: the all_gather is not issued again.
 Evaluation, also with `track_running_stats=False`, does not communicate. Second derivatives are not supported.
 """
 
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from ringfold.collectives.communicator import Communicator
+from ringfold.parallel.recompute.replay import once
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
@@ -60,7 +62,7 @@ class _Synchronised(_BatchNorm):
             return super().forward(input)
         self._check_input_dim(input)
         momentum = self._count_batch()
-        count, mean, squares = _global_statistics(input.detach(), comm)
+        count, mean, squares = once(_global_statistics, input.detach(), comm)
         if count == 1:
             raise ValueError(f"Expected more than 1 value per channel when training, got 1 on all {comm.size} ranks together")
         if count and self.track_running_stats and self.running_mean is not None and self.running_var is not None:

@@ -19,7 +19,7 @@ from itertools import product
 from ringfold.collectives.errors import LayoutError, nearest
 
 # The one list of what runs today. A layout that needs anything else is refused by `require_built`.
-BUILT = frozenset({"dp", "micro", "fp32", "fp64"})
+BUILT = frozenset({"dp", "micro", "fp32", "fp64", "recompute"})
 
 AXES = ("pp", "dp", "cp", "tp")  # slowest to fastest over ranks
 PRECISIONS = ("fp32", "bf16", "fp16", "fp8", "fp64")
@@ -33,6 +33,7 @@ GRAMMAR = (
 
 _COUNTS = ("dp", "tp", "pp", "cp", "ep", "micro", "exact")
 _SUFFIXES = {"TiB": 1 << 40, "GiB": 1 << 30, "MiB": 1 << 20, "KiB": 1 << 10}
+_BUDGET = rf"budget=([0-9]{{1,18}})({'|'.join(_SUFFIXES)})?"
 _MODEL_NAMES = {
     "attention heads": ("num_attention_heads", "num_heads", "n_heads", "n_head"),
     "key-value heads": ("num_key_value_heads", "num_kv_heads", "n_kv_heads"),
@@ -148,6 +149,12 @@ class Layout:
         if self.dp is None:
             raise LayoutError(f'layout "{self}" leaves dp open: call resolve(world_size) first')
         return {"pp": self.pp, "dp": self.dp, "cp": self.cp, "tp": self.tp}
+
+    @property
+    def recompute_budget(self) -> int | None:
+        """The bytes of `recompute:budget=BYTES`; None if there is no budget."""
+        match = re.fullmatch(_BUDGET, self.recompute or "")
+        return int(match[1]) * _SUFFIXES.get(match[2], 1) if match else None
 
     @property
     def world_size(self) -> int:
@@ -384,7 +391,7 @@ def _recompute(option: str) -> str:
     """Return the option in its canonical form: a budget with the largest suffix that divides it."""
     if option in RECOMPUTES:
         return option
-    match = re.fullmatch(rf"budget=([0-9]{{1,18}})({'|'.join(_SUFFIXES)})?", option)
+    match = re.fullmatch(_BUDGET, option)
     if not match:
         raise LayoutError(f'unknown option "{option}"; it is one of full, selective, budget=BYTES (for example budget=2GiB)')
     nbytes = int(match[1]) * _SUFFIXES.get(match[2], 1)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from ringfold.parallel.batch_norm import synchronise_batch_norm
 from ringfold.parallel.buckets import GradientBuckets
 from ringfold.parallel.data_parallel import broadcast_state
 from ringfold.parallel.mesh import DeviceMesh
+from ringfold.parallel.recompute.offload import HostOffload
+from ringfold.parallel.recompute.recomputation import Recomputation
 from ringfold.parallel.sparse import sparse_parameter_names
 from ringfold.runtime import checkpoint, gradients
 from ringfold.runtime.batch import Batch, tensors_in
@@ -46,7 +48,9 @@ class Engine:
     `model` is a module, or a function that builds one; every rank starts with rank 0's parameters and buffers. `loss(output, target)`
     follows the rule in loss.py. `optimizer` is a function of the list of parameters, `scheduler` one of the optimizer, stepped after each
     train step. `clip_norm` bounds the global gradient norm. `metrics` are functions (output, target) for `eval_step`, which return what a
-    loss may return. Collective, like all its methods but the plain attributes: every rank calls them in the same order.
+    loss may return. `blocks` are patterns of the names of the modules that the layout's `recompute` works on, by default the children of containers;
+    `recomputation.explain()` tells what became of each. `offload_activations` moves what they save for backward to host memory, on a GPU.
+    Collective, like all its methods but the plain attributes: every rank calls them in the same order.
 
     `step` is the number of train steps done, `seconds` and `communication_share` the last step's time and the part of it that this rank
     waited for others.
@@ -66,6 +70,8 @@ class Engine:
         metrics: Mapping[str, Metric] | None = None,
         sync_batch_norm: bool = True,
         bucket_mb: float = 25.0,
+        blocks: Sequence[str] | None = None,
+        offload_activations: bool = False,
     ) -> None:
         mesh.layout.require_built()
         if clip_norm is not None and not clip_norm > 0:
@@ -87,6 +93,8 @@ class Engine:
         broadcast_state(self.module, self._comm)
         if sync_batch_norm:
             synchronise_batch_norm(self.module, self._comm)
+        offload = HostOffload.of_gpu(mesh.device) if offload_activations else None
+        self.recomputation = Recomputation(self.module, mesh.layout, self._comm, blocks=blocks, offload=offload)
         self._parameters = list(self.module.parameters())
         self.optimizer = self._make_optimizer(optimizer)
         self.scheduler = None if scheduler is None else self._make_scheduler(scheduler)
@@ -124,6 +132,7 @@ class Engine:
         self.optimizer.step()
         if self.scheduler is not None:
             self.scheduler.step()
+        self.recomputation.finish_step()
         self.step += 1
         self.mesh.world.page.set_progress(self.step)
         self.seconds = time.perf_counter() - began
@@ -236,11 +245,12 @@ class Engine:
         return self.step
 
     def close(self) -> None:
-        """Take the hooks off the model, close the communicator of the gradients, and wait for an asynchronous save; collective.
+        """Take hooks and recomputation off the model, close the communicator of the gradients, and wait for an asynchronous save; collective.
 
         `rf.shutdown()` does not need it. Raises: CheckpointError, if the last asynchronous save failed.
         """
         self._buckets.close()
+        self.recomputation.close()
         if "_saver" in vars(self):
             self._saver.close()
 

@@ -209,15 +209,15 @@ def test_dp_fills_what_is_left_of_the_world() -> None:
 
 def test_what_is_not_built_is_refused_by_one_error_that_lists_it_all() -> None:
     layout = Layout.parse("dp2 tp2 pp2:gpipe cp2:ulysses ep2 zero2:cpu bf16 recompute micro4 exact8")
-    refused = ["tp2", "pp2:gpipe", "cp2:ulysses", "ep2", "zero2:cpu", "bf16", "recompute:full", "exact8"]
+    refused = ["tp2", "pp2:gpipe", "cp2:ulysses", "ep2", "zero2:cpu", "bf16", "exact8"]
     assert layout.unsupported() == refused
     with pytest.raises(LayoutError) as caught:
         layout.require_built()
     assert ", ".join(refused) in str(caught.value)
-    assert "dpN fp32 fp64 microN" in str(caught.value)
+    assert "dpN fp32 fp64 microN recompute" in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["", "dp4", "dp2 tp1 pp1:gpipe cp1 ep1 zero0 fp64 micro8", "fp32"])
+@pytest.mark.parametrize("text", ["", "dp4", "dp2 tp1 pp1:gpipe cp1 ep1 zero0 fp64 micro8", "fp32", "recompute:budget=1GiB"])
 def test_what_is_built_is_not_refused(text: str) -> None:
     assert Layout.parse(text).unsupported() == []
     Layout.parse(text).require_built()
@@ -244,6 +244,11 @@ def test_every_field_shows_in_the_text() -> None:
     for field in fields(Layout):
         changed = replace(Layout(), **{field.name: getattr(other, field.name)})
         assert str(changed) != str(Layout()), field.name
+
+
+@pytest.mark.parametrize(("text", "nbytes"), [("", None), ("recompute", None), ("recompute:budget=3KiB", 3072), ("recompute:budget=1500", 1500)])
+def test_a_recompute_budget_is_told_in_bytes(text: str, nbytes: int | None) -> None:
+    assert Layout.parse(text).recompute_budget == nbytes
 
 
 def test_layout_does_not_import_torch() -> None:
