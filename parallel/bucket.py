@@ -41,11 +41,6 @@ class Slot:
     def numel(self) -> int:
         return self.shape.numel()
 
-    @property
-    def is_row_major(self) -> bool:
-        """Whether the order of its elements in memory is that of the indices."""
-        return self.strides == torch.empty(self.shape, device="meta").stride()
-
     def view(self, flat: torch.Tensor) -> torch.Tensor:
         """Return the part of a vector as long as the bucket, seen as the parameter."""
         return flat[self.start : self.start + self.numel].as_strided(self.shape, self.strides)

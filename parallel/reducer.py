@@ -13,7 +13,7 @@ from __future__ import annotations
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Generic, TypeVar
 
 import torch
@@ -32,13 +32,14 @@ CONVERTED = "the model was converted or moved after it was made parallel. Do tha
 class Filling:
     """One bucket in the course of a step."""
 
-    __slots__ = ("bucket", "ready_in", "waiting_for", "work")
+    __slots__ = ("bucket", "is_sent", "ready_in", "waiting_for", "work")
 
     def __init__(self, bucket: Bucket) -> None:
         self.bucket = bucket
         self.waiting_for = 0  # gradients that this backward has not announced yet
         self.ready_in = [-1] * len(bucket.slots)  # for each slot the last backward, by number, in which its gradient became ready
         self.work: Work | None = None
+        self.is_sent = False  # in this backward
 
 
 F = TypeVar("F", bound=Filling)
@@ -84,6 +85,11 @@ class GradientReducer(ABC, Generic[F]):
         """Whether a step has begun and not finished: true between steps only if a backward has raised."""
         return self._collecting
 
+    @property
+    def reduces_every_backward(self) -> bool:
+        """Whether there is no accumulating on this rank only."""
+        return False
+
     def gradient_ready(self, parameter: nn.Parameter) -> None:
         """Take `parameter.grad` as complete for this backward; launch what can be launched.
 
@@ -98,7 +104,7 @@ class GradientReducer(ABC, Generic[F]):
         filling, slot = place
         if parameter.grad is None:
             raise ConfigError(f"gradient_ready({slot.name}) was called, but the parameter has no gradient")
-        if filling.work is None:
+        if not filling.is_sent:
             self._take(filling, slot)
         if not self._synchronised:
             return
@@ -107,7 +113,7 @@ class GradientReducer(ABC, Generic[F]):
             filling.waiting_for -= 1
             if not filling.waiting_for:
                 self._launch_complete()
-        elif filling.work is not None:
+        elif filling.is_sent:
             raise CommunicationError(
                 f"the gradient of {slot.name} became ready a second time in one backward, after it had been sent: the parameter is used in "
                 "several checkpointed regions. Use checkpoint(..., use_reentrant=False), or run backward inside no_sync() and then finish()"
@@ -143,7 +149,7 @@ class GradientReducer(ABC, Generic[F]):
     def reset(self) -> None:
         """Drop a step that was begun and not finished: wait until no reduction writes to the buckets, whatever became of it."""
         for filling in self._buckets[: self._launched]:
-            work, filling.work = filling.work, None
+            work, filling.work, filling.is_sent = filling.work, None, False
             if work is not None:
                 try:
                     work.wait()
@@ -152,14 +158,9 @@ class GradientReducer(ABC, Generic[F]):
         self._launched = 0
         self._collecting = False
 
-    @contextmanager
-    def no_sync(self) -> Iterator[None]:
+    def no_sync(self) -> AbstractContextManager[None]:
         """Accumulate gradients on this rank only, for every backward that runs inside; the next one outside reduces the whole sum."""
-        before, self._synchronised = self._synchronised, False
-        try:
-            yield
-        finally:
-            self._synchronised = before
+        return self._unsynchronised()
 
     def close(self) -> None:
         """Take the hooks off the parameters and close the communicator; gradients stay as they are."""
@@ -171,6 +172,14 @@ class GradientReducer(ABC, Generic[F]):
         if self._is_open:
             self._is_open = False
             self._comm.close()
+
+    @contextmanager
+    def _unsynchronised(self) -> Iterator[None]:
+        before, self._synchronised = self._synchronised, False
+        try:
+            yield
+        finally:
+            self._synchronised = before
 
     @abstractmethod
     def _take(self, filling: F, slot: Slot) -> None:
@@ -240,7 +249,9 @@ class GradientReducer(ABC, Generic[F]):
             self._launch_next()
 
     def _launch_next(self) -> None:
-        self._launch(self._buckets[self._launched])
+        filling = self._buckets[self._launched]
+        self._launch(filling)
+        filling.is_sent = True
         self._launched += 1
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
@@ -28,7 +29,9 @@ from ringfold.parallel.data_parallel import broadcast_state
 from ringfold.parallel.mesh import DeviceMesh
 from ringfold.parallel.recompute.offload import HostOffload
 from ringfold.parallel.recompute.recomputation import Recomputation
+from ringfold.parallel.reducer import GradientReducer
 from ringfold.parallel.sparse import sparse_parameter_names
+from ringfold.parallel.zero.sharding import Sharding
 from ringfold.runtime import checkpoint, gradients
 from ringfold.runtime.batch import Batch, tensors_in
 from ringfold.runtime.data import ShardedData, shard
@@ -96,11 +99,20 @@ class Engine:
         offload = HostOffload.of_gpu(mesh.device) if offload_activations else None
         self.recomputation = Recomputation(self.module, mesh.layout, self._comm, blocks=blocks, offload=offload)
         self._parameters = list(self.module.parameters())
+        self._sharding: Sharding | None = None
+        self._reducer: GradientReducer[Any]
+        if mesh.layout.zero:
+            self._sharding = Sharding(
+                self.module, self._comm, mesh.layout.zero, averaged=False, group_size=mesh.layout.zero_group, bucket_mb=bucket_mb
+            )
+            self._reducer = self._sharding.gradients
+        else:
+            self._reducer = GradientBuckets(
+                self.module.named_parameters(), self._comm, averaged=False, bucket_mb=bucket_mb, sparse=sparse_parameter_names(self.module)
+            )
+        self._stepped = self._parameters if self._sharding is None else self._sharding.pieces  # what the optimizer steps on
         self.optimizer = self._make_optimizer(optimizer)
         self.scheduler = None if scheduler is None else self._make_scheduler(scheduler)
-        self._buckets = GradientBuckets(
-            self.module.named_parameters(), self._comm, averaged=False, bucket_mb=bucket_mb, sparse=sparse_parameter_names(self.module)
-        )
         # Synchronised statistics are collectives inside the model: a rank without rows then has to call it too.
         self._always_calls = any(getattr(part, "communicator", None) is not None for part in self.module.modules())
         self._grad_norm: float | None = None
@@ -124,7 +136,7 @@ class Engine:
         parts = self._microbatches(batch)
         if not self.module.training:
             self.module.train()
-        for parameter in self._parameters:
+        for parameter in (*self._parameters, *self._stepped):
             parameter.grad = None
         self._grad_norm = None
         loss, factor = self._forward_backward(parts)
@@ -167,9 +179,9 @@ class Engine:
 
     @property
     def grad_norm(self) -> float:
-        """The norm of the last step's gradient before clipping; not collective. Computed when asked for if nothing was clipped."""
+        """The norm of the last step's gradient before clipping; not collective."""
         if self._grad_norm is None:
-            self._grad_norm = gradients.norm(self._parameters)
+            self._grad_norm = math.sqrt(gradients.squared_norm(self._parameters))
         return self._grad_norm
 
     def grad(self, name: str) -> Tensor | None:
@@ -180,6 +192,8 @@ class Engine:
         parameters = dict(self.module.named_parameters(remove_duplicate=False))
         if name not in parameters:
             raise ConfigError(f"grad: the model has no parameter {name!r}. It has {', '.join(parameters)}.")
+        if self._sharding is not None:
+            return self._sharding.grad(parameters[name])
         grad = parameters[name].grad
         return None if grad is None else grad.detach().clone()
 
@@ -202,7 +216,6 @@ class Engine:
 
         Raises: CheckpointError on every rank, of this save or the last asynchronous one; what was there before is still there.
         """
-        names = list(self.module.named_parameters())
         extra = {
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "data": [data.state_dict() for data in self._shards],
@@ -215,7 +228,7 @@ class Engine:
             directory,
             step=self.step,
             model_state=state,
-            optimizer_state=checkpoint.optimizer_state_by_name(self.optimizer, names),
+            optimizer_state=checkpoint.optimizer_state_by_name(self.optimizer, self._named_pieces()),
             extra=extra,
             asynchronous=asynchronous,
         )
@@ -232,7 +245,7 @@ class Engine:
         Raises: Incomplete, Corrupt, or Incompatible (with all differences, before anything is changed).
         """
         found = checkpoint.load(directory, comm=self.mesh.world)
-        found.restore(self.module, self.optimizer)
+        found.restore(self.module, self.optimizer, self._named_pieces())
         extra = found.extra()
         if self.scheduler is not None and extra["scheduler"] is not None:
             self.scheduler.load_state_dict(extra["scheduler"])
@@ -249,10 +262,19 @@ class Engine:
 
         `rf.shutdown()` does not need it. Raises: CheckpointError, if the last asynchronous save failed.
         """
-        self._buckets.close()
+        self._reducer.close()
+        if self._sharding is not None:
+            self._sharding.close()
         self.recomputation.close()
         if "_saver" in vars(self):
             self._saver.close()
+
+    def _named_pieces(self) -> list[tuple[str, nn.Parameter | checkpoint.Piece]]:
+        """Return what the optimizer steps on here, with the names of the parameters."""
+        if self._sharding is None:
+            return list(self.module.named_parameters())
+        frozen = [(name, parameter) for name, parameter in self.module.named_parameters() if not parameter.requires_grad]
+        return [*frozen, *((name, checkpoint.Piece(piece, start, shape)) for name, piece, start, shape in self._sharding.named_pieces())]
 
     def _microbatches(self, batch: Any) -> list[Batch]:
         parts = Batch.of(batch).to(self.mesh.device, self._cast).microbatches(self._micro)
@@ -262,18 +284,20 @@ class Engine:
         """Run every microbatch and reduce; return the loss and the factor that the gradients still lack."""
         mean = self._mean
         mean.begin(self.step + 1, sum(self._rule.count_ahead(part.target, part.rows) for part in parts), single=self._micro == 1)
-        self._buckets.begin()
+        every = self._reducer.reduces_every_backward
+        if not every:
+            self._reducer.begin()
         waiting: list[tuple[Term, ...]] = []
         for i, part in enumerate(parts):
+            terms = self._terms(part)
             is_last = i == len(parts) - 1
-            with self._last_backward(is_last):
-                terms = self._terms(part)
-                if is_last:
-                    mean.reduce()
-                if mean.policy is Policy.BETWEEN:
-                    waiting.append(terms)
-                else:
-                    self._backward(terms, mean.weights())
+            if is_last:
+                mean.reduce()
+            if mean.policy is Policy.BETWEEN:
+                waiting.append(terms)
+                continue
+            with self._one_backward(is_last):
+                self._backward(terms, mean.weights())
         if not parts:
             if not mean.agreed:
                 mean.agree(None)
@@ -281,13 +305,19 @@ class Engine:
         if waiting or not parts:
             weights = mean.weights()
         for i, terms in enumerate(waiting):
-            with self._last_backward(i == len(waiting) - 1):
+            with self._one_backward(i == len(waiting) - 1):
                 self._backward(terms, weights)
-        self._buckets.finish()
+        if every:
+            for _ in range(self._micro - len(parts)):
+                with self._reducer.no_sync():  # the others' backwards
+                    pass
+        else:
+            self._reducer.finish()
         return mean.finish()
 
-    def _last_backward(self, is_last: bool) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext() if is_last else self._buckets.no_sync()
+    def _one_backward(self, is_last: bool) -> contextlib.AbstractContextManager[None]:
+        every = self._reducer.reduces_every_backward
+        return self._reducer.no_sync() if every or not is_last else contextlib.nullcontext()
 
     def _terms(self, part: Batch) -> tuple[Term, ...]:
         """Call model and loss; without rows the loss is not called, and the output only reaches backward as zero."""
@@ -309,13 +339,16 @@ class Engine:
 
     def _finish_gradients(self, factor: float) -> None:
         """Clip as torch.nn.utils.clip_grad_norm_ does; at most one pass writes the gradients, and none where there is nothing to change."""
-        if self._clip_norm is not None:
-            self._grad_norm = gradients.norm(self._parameters) * factor
+        if self._sharding is not None:
+            self._grad_norm = math.sqrt(self._sharding.sum_over_shards(gradients.squared_norm(self._stepped))) * factor
+        elif self._clip_norm is not None:
+            self._grad_norm = math.sqrt(gradients.squared_norm(self._stepped)) * factor
+        if self._clip_norm is not None and self._grad_norm is not None:
             clip = self._clip_norm / (self._grad_norm + 1e-6)
             if not clip >= 1.0:
                 factor *= clip
         if factor != 1.0:
-            gradients.scale(self._parameters, factor)
+            gradients.scale(self._stepped, factor)
 
     def _make_optimizer(self, factory: Callable[[list[nn.Parameter]], Optimizer]) -> Optimizer:
         optimizer = factory(list(self._parameters))
@@ -330,6 +363,8 @@ class Engine:
                 f"optimizer: {strangers} of its parameters are not the model's: they were made before the model was. "
                 "Build it from the list that the function is given."
             )
+        if self._sharding is not None:
+            self._sharding.cut(optimizer)
         return optimizer
 
     def _make_scheduler(self, factory: Callable[[Optimizer], LRScheduler]) -> LRScheduler:

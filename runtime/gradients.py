@@ -1,7 +1,7 @@
 """The two passes a train step may make over gradients that are already summed over ranks: their norm, and their scale.
 
-Neither communicates: after the sum every rank holds the whole gradient of every parameter, so all get the same norm. Sparse gradients
-count by their coalesced values.
+Neither communicates: where gradients are whole all ranks get the same norm, and where they are sharded the squares of all pieces are to be
+added. Sparse gradients count by their coalesced values.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-__all__ = ["norm", "scale"]
+__all__ = ["scale", "squared_norm"]
 
 # vector_norm keeps a few float32 accumulators for a whole CPU tensor, which for 6.5 M elements costs a relative error of 2e-4. A dot
 # product of this many elements stays within 1e-7 of the truth, is no slower, and the blocks are added in float64.
 BLOCK_COUNT = 1 << 16
 
 
-def norm(parameters: Iterable[nn.Parameter]) -> float:
-    """Return the 2-norm of all gradients together; parameters without one do not count."""
-    return math.sqrt(math.fsum(_squared_norm(grad) for grad in _values(parameters)))
+def squared_norm(parameters: Iterable[nn.Parameter]) -> float:
+    """Return the square of the 2-norm of all gradients together; parameters without one do not count."""
+    return math.fsum(_squared_norm(grad) for grad in _values(parameters))
 
 
 def scale(parameters: Iterable[nn.Parameter], factor: float) -> None:

@@ -103,12 +103,17 @@ def _train_rank(job: _RankJob) -> tuple[list[Step], list[str]]:
         for whole in job.batches:
             mine = take_rows((whole.inputs, whole.target), *row_range(whole.rows, mesh["dp"].rank, mesh["dp"].size))
             value = engine.train_step(mine)
-            grads, weights = snapshot(engine.module)
+            _, weights = snapshot(engine.module)
+            grads = {name: _dense(engine.grad(name)) for name, _ in engine.module.named_parameters()}
             digests.append(_digest(weights))
             steps.append(Step(whole.rows, value, engine.grad_norm, grads, weights))
         return (steps if mesh.rank == 0 else []), digests
     finally:
         context.shutdown()
+
+
+def _dense(grad: Tensor | None) -> Tensor | None:
+    return None if grad is None else grad.to_dense().cpu()
 
 
 def _digest(weights: Mapping[str, Tensor]) -> str:

@@ -126,10 +126,10 @@ def make_engine(world: Communicator, layout: str = "", model: Callable[[], nn.Mo
     return Engine(model, DeviceMesh(Layout.parse(layout), world), **options)
 
 
-def train(world: Communicator, micro: int, loss: str, clip_norm: float | None = CLIP_NORM) -> dict[str, Any]:
+def train(world: Communicator, micro: int, loss: str, clip_norm: float | None = CLIP_NORM, layout: str = "") -> dict[str, Any]:
     engine = make_engine(
         world,
-        f"micro{micro}",
+        f"{layout} micro{micro}",
         loss=LOSSES[loss],
         scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step)),
         clip_norm=clip_norm,
@@ -186,11 +186,11 @@ def test_all_ranks_hold_the_same_bits() -> None:
         assert all(torch.equal(weight, results[0]["weights"][name]) for name, weight in found["weights"].items())
 
 
-def train_in_two_halves(world: Communicator, folder: Path, first: bool) -> dict[str, Any]:
+def train_in_two_halves(world: Communicator, folder: Path, first: bool, layout: str = "") -> dict[str, Any]:
     half = len(ROWS) // 2
     engine = make_engine(
         world,
-        "micro2",
+        f"{layout} micro2",
         loss=valid_pair,
         scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step)),
         clip_norm=CLIP_NORM,

@@ -1,0 +1,209 @@
+"""ShardedGradients: each rank ends a backward with the sum of its own range of every bucket.
+
+    stage 1      | own | .... | .... |   a buffer a bucket, for good: gradients may accumulate in it locally, under no_sync
+    stage 2, 3   two buffers for all buckets; a gradient is freed once it is copied in, and the sum goes to a shard of 1/N
+
+Under stages 2 and 3 every backward is reduced, those inside `no_sync` too: there is no room in which a whole gradient could accumulate.
+What the optimizer sees are gradients of pieces, views of the shards. They accumulate until they are set to None or zeroed, as any gradient
+does. A piece of a parameter that no rank used keeps `grad = None`. Sparse gradients are made dense.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+from ringfold.collectives.errors import ConfigError
+from ringfold.parallel.bucket import Bucket, Piece, Slot
+from ringfold.parallel.reducer import CONVERTED, Filling, GradientReducer, dense_gradient
+from ringfold.parallel.zero.group import ShardGroup
+from torch import nn
+
+__all__ = ["Cut", "ShardedGradients"]
+
+BUFFERS = 2  # one that is being filled, and one that is being reduced
+Cut = tuple[Piece, nn.Parameter]  # a piece, and the parameter that the optimizer has for it
+
+
+class _Shard(Filling):
+    """A bucket of which this rank gets the sum of its range, in `shard`; `buffer` is where it is being filled."""
+
+    __slots__ = ("buffer", "cuts", "earlier", "first_mark", "grads", "held", "is_kept", "memory", "shard", "views", "views_of")
+
+    def __init__(self, bucket: Bucket, shard: torch.Tensor, kept: torch.Tensor | None, cuts: Sequence[Cut], rank: int, first_mark: int) -> None:
+        super().__init__(bucket)
+        self.shard = shard
+        begin = bucket.range(rank).start
+        self.cuts = cuts
+        self.grads = [shard[piece.slot.start + piece.start - begin :][: piece.numel] for piece, _ in cuts]
+        self.first_mark = first_mark
+        self.is_kept = kept is not None
+        self.buffer = kept
+        self.memory = kept  # all of the buffer, which may be longer than this bucket
+        self.views: list[torch.Tensor] = [] if kept is None else [slot.view(kept) for slot in bucket.slots]
+        self.views_of: dict[int, list[torch.Tensor]] = {}  # by the address of a buffer
+        self.held = [False] * len(cuts)  # for each cut, whether it has a gradient of earlier backwards
+        self.earlier: torch.Tensor | None = None  # that gradient, where its memory is needed for the sum
+
+
+class ShardedGradients(GradientReducer[_Shard]):
+    """Sum gradients into shards of 1 / N over `group`; `cuts` are, for each bucket, the pieces that this rank owns."""
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, nn.Parameter]],
+        cuts: Mapping[Bucket, Sequence[Cut]],
+        group: ShardGroup,
+        averaged: bool,
+        *,
+        accumulates_locally: bool,
+    ) -> None:
+        super().__init__(named_parameters, group.whole, averaged)
+        self._group = group
+        self._accumulates_locally = accumulates_locally
+        fillings, marks = [], 0
+        for bucket, mine in cuts.items():
+            # zeros in the gaps too: what is reduced must be a number
+            flat = self._comm.empty(bucket.numel, dtype=bucket.dtype, device=bucket.device).zero_() if accumulates_locally else None
+            length = bucket.numel // bucket.ranks
+            shard = torch.zeros(length, dtype=bucket.dtype, device=bucket.device) if flat is None else flat[bucket.range(group.rank)]
+            fillings.append(_Shard(bucket, shard, flat, mine, group.rank, marks))
+            marks += len(bucket.slots)
+        self._free: list[torch.Tensor] = []
+        if fillings and not accumulates_locally:
+            nbytes, device = max(bucket.nbytes for bucket in cuts), next(iter(cuts)).device
+            self._free = [self._comm.empty(nbytes, dtype=torch.uint8, device=device).zero_() for _ in range(BUFFERS)]
+        self._mine = torch.zeros(max(1, marks), dtype=torch.int32, device="cpu")  # 1 where this rank has a gradient
+        self._used = self._comm.empty(max(1, marks), dtype=torch.int32).zero_()  # 1 where any has
+        self._open(fillings)
+
+    @property
+    def reduces_every_backward(self) -> bool:
+        """Whether backwards inside `no_sync` are reduced, too: all ranks then need the same number of these contexts."""
+        return not self._accumulates_locally
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Accumulate locally (stage 1), or reduce the backwards inside, of which this rank may have none, and add to the shards."""
+        return self._unsynchronised() if self._accumulates_locally else self._round()
+
+    def begin(self) -> None:
+        super().begin()
+        self._mine.zero_()
+
+    def reset(self) -> None:
+        super().reset()
+        for filling in self._buckets:
+            self._give_back(filling)
+
+    def close(self) -> None:
+        self._is_open = False  # the communicators are the group's
+        super().close()
+
+    @contextmanager
+    def _round(self) -> Iterator[None]:
+        self.begin()
+        yield
+        self.finish()
+
+    def _take(self, filling: _Shard, slot: Slot) -> None:
+        if filling.buffer is None:
+            if filling is not self._buckets[self._launched]:
+                return  # it stays the parameter's until the bucket's turn comes: the buffers are for those that come first
+            self._acquire(filling)
+        self._put_aside(filling)
+        view = filling.views[slot.position]
+        if slot.parameter.grad is view:
+            return
+        try:
+            view.copy_(dense_gradient(slot.parameter))
+            slot.parameter.grad = view if filling.is_kept else None
+        except RuntimeError as error:
+            raise ConfigError(f"{slot.name} is not the {tuple(view.shape)} {view.dtype} it was ({error}): {CONVERTED}") from error
+
+    def _launch(self, filling: _Shard) -> None:
+        if filling.buffer is None:
+            self._acquire(filling)
+        flat = filling.buffer
+        assert flat is not None  # narrows the type
+        self._put_aside(filling)
+        for slot in filling.bucket.slots:
+            is_here = filling.ready_in[slot.position] == self._backward
+            if slot.parameter.grad is not None:
+                self._take(filling, slot)
+            elif not is_here:
+                filling.views[slot.position].zero_()
+            self._mine[filling.first_mark + slot.position] = is_here or slot.parameter.grad is not None
+        filling.held = [held or parameter.grad is not None for held, (_, parameter) in zip(filling.held, filling.cuts, strict=True)]
+        adds = any(filling.held) and not filling.is_kept
+        output = flat[filling.bucket.range(self._group.rank)] if filling.is_kept or adds else filling.shard
+        filling.work = self._group.shard.reduce_scatter(output, flat, "avg" if self._averaged else "sum", async_op=True)
+
+    def _complete(self) -> Iterator[None]:
+        self._used.copy_(self._mine)
+        flags = self._comm.all_reduce(self._used, "max", async_op=True)
+        yield
+        for filling in self._buckets:
+            self._settle(filling)
+        if flags is not None:
+            flags.wait()
+        used = self._used.tolist()
+        for filling in self._buckets:
+            for (piece, parameter), grad, held in zip(filling.cuts, filling.grads, filling.held, strict=True):
+                parameter.grad = grad if held or used[filling.first_mark + piece.slot.position] else None
+            filling.held = [False] * len(filling.cuts)
+            if filling.is_kept:
+                for slot in filling.bucket.slots:
+                    slot.parameter.grad = None
+
+    def _settle(self, filling: _Shard) -> None:
+        """Wait for the sum of a bucket, add it to what its pieces had, and free the buffer."""
+        work, filling.work = filling.work, None
+        if work is None:
+            return
+        work.wait()
+        buffer = filling.buffer
+        assert buffer is not None  # narrows the type
+        adds = any(filling.held) and not filling.is_kept
+        total = buffer[filling.bucket.range(self._group.rank)] if adds else filling.shard
+        if self._group.replicas is not None:
+            self._group.replicas.all_reduce(total, "avg" if self._averaged else "sum")
+        if filling.is_kept and filling.earlier is not None:
+            filling.shard.add_(filling.earlier)
+            filling.earlier = None
+        elif adds:
+            for (_, parameter), grad, held in zip(filling.cuts, filling.grads, filling.held, strict=True):
+                if not held:
+                    grad.zero_()
+                elif parameter.grad is not None and parameter.grad.data_ptr() != grad.data_ptr():
+                    grad.copy_(parameter.grad)  # the user's own tensor
+            filling.shard.add_(total)
+        self._give_back(filling)
+
+    def _put_aside(self, filling: _Shard) -> None:
+        """Where a bucket's own buffer is about to be filled, and its pieces have gradients of earlier backwards in it, keep these."""
+        if not filling.is_kept or all(parameter.grad is None for _, parameter in filling.cuts):
+            return
+        filling.earlier = torch.zeros_like(filling.shard) if filling.earlier is None else filling.earlier
+        begin = filling.bucket.range(self._group.rank).start
+        for number, (piece, parameter) in enumerate(filling.cuts):
+            if parameter.grad is not None:
+                filling.held[number] = True
+                filling.earlier[piece.slot.start + piece.start - begin :][: piece.numel].add_(parameter.grad)
+                parameter.grad = None
+
+    def _acquire(self, filling: _Shard) -> None:
+        """Give a bucket a buffer: a free one, or that of the bucket which was sent first."""
+        if not self._free:
+            self._settle(next(sent for sent in self._buckets if sent.work is not None))
+        filling.memory = memory = self._free.pop()
+        filling.buffer = memory.view(filling.bucket.dtype)[: filling.bucket.numel]
+        views = filling.views_of.get(memory.data_ptr())
+        if views is None:
+            views = filling.views_of[memory.data_ptr()] = [slot.view(filling.buffer) for slot in filling.bucket.slots]
+        filling.views = views
+
+    def _give_back(self, filling: _Shard) -> None:
+        if not filling.is_kept and filling.memory is not None:
+            self._free.append(filling.memory)
+            filling.memory = filling.buffer = None

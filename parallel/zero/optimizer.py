@@ -1,0 +1,112 @@
+"""An optimizer whose parameters are pieces: what `cut` makes of one that was built on whole parameters.
+
+The factory sees the originals (rules such as `p.dim() >= 2` for weight decay need their shapes); their pieces then take their places in the
+groups. That is right only where each element's step depends on its own gradient and state alone. It is tried, not looked up in a list:
+two steps on small tensors, once whole and once in pieces, must agree.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from ringfold.collectives.errors import ConfigError
+from torch import nn
+from torch.optim import Optimizer
+
+__all__ = ["cut", "require_elementwise"]
+
+PROBE = (2, 96)  # cut at 64 elements, as buckets cut
+AGREES = 1e-5  # relative; a float32 step that is elementwise agrees to some 1e-7, one that is not by far less
+
+
+def cut(optimizer: Optimizer, pieces: Mapping[int, tuple[nn.Parameter | None, int]]) -> None:
+    """Put this rank's piece of every parameter in the parameter's place, and cut state that the optimizer has made already.
+
+    pieces: by id of the parameter, the piece (None where this rank has none of it) and the index of its first element.
+
+    Raises:
+        ConfigError: the optimizer is not elementwise.
+    """
+    require_elementwise(optimizer)
+    state, optimizer.state = optimizer.state, defaultdict(dict)
+    for group in optimizer.param_groups:
+        names = group.get("param_names")
+        kept = [number for number, parameter in enumerate(group["params"]) if pieces[id(parameter)][0] is not None]
+        originals = [group["params"][number] for number in kept]
+        group["params"] = [pieces[id(parameter)][0] for parameter in originals]
+        if names is not None:
+            group["param_names"] = [names[number] for number in kept]
+        for parameter, piece in zip(originals, group["params"], strict=True):
+            if parameter in state:
+                start = pieces[id(parameter)][1]
+                optimizer.state[piece] = {key: _cut_value(key, value, parameter, start, piece.numel()) for key, value in state[parameter].items()}
+
+
+def require_elementwise(optimizer: Optimizer) -> None:
+    """Refuse an optimizer whose step on a parameter in pieces is not its step on the whole.
+
+    Raises:
+        ConfigError: naming it, with what was seen.
+    """
+    name = type(optimizer).__name__
+    advice = "ZeRO cuts parameters into pieces, so it needs an elementwise optimizer (SGD, Adam, AdamW, RMSprop, Adagrad, ...), or zero0."
+    for group in optimizer.param_groups:
+        if not group["params"]:
+            continue
+        generator = torch.Generator().manual_seed(0)
+        values, *grads = (torch.randn(PROBE, generator=generator, device="cpu") for _ in range(3))
+        whole = [values.clone()]
+        pieces = [values.view(-1)[:64].clone(), values.view(-1)[64:].clone()]
+        try:
+            _steps(optimizer, group, whole, [[grad] for grad in grads])
+            _steps(optimizer, group, pieces, [[grad.view(-1)[:64].clone(), grad.view(-1)[64:].clone()] for grad in grads])
+        except Exception as error:  # whatever somebody's optimizer raises
+            raise ConfigError(
+                f"optimizer: {name} does not step on a one-dimensional piece of a parameter ({type(error).__name__}: {error}). {advice}"
+            ) from error
+        apart = (torch.cat(pieces).view(PROBE) - whole[0]).abs().max() / whole[0].abs().max()
+        if not apart <= AGREES:
+            raise ConfigError(f"optimizer: {name} on a parameter in two pieces differs by {float(apart):.1e} from its step on the whole. {advice}")
+
+
+def _steps(optimizer: Optimizer, group: Mapping[str, Any], values: list[torch.Tensor], grads: list[list[torch.Tensor]]) -> None:
+    """Step a copy of the optimizer, with the options of one group, on other values."""
+    parameters = [nn.Parameter(value) for value in values]  # shares the values' memory
+    probe = object.__new__(type(optimizer))
+    probe.__dict__.update(optimizer.__dict__)
+    for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
+        probe.__dict__[hooks] = OrderedDict()
+    options = {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in group.items() if key != "param_names"}
+    probe.param_groups = [{**options, "params": parameters}]
+    example = next((parameter for parameter in group["params"] if parameter in optimizer.state), None)
+    probe.state = defaultdict(dict)
+    if example is not None:
+        for parameter in parameters:
+            probe.state[parameter] = {key: _like(key, value, example, parameter) for key, value in optimizer.state[example].items()}
+    for of_step in grads:
+        for parameter, grad in zip(parameters, of_step, strict=True):
+            parameter.grad = grad.clone()
+        probe.step()
+
+
+def _like(key: str, value: Any, example: nn.Parameter, parameter: nn.Parameter) -> Any:
+    """Return initial state for a parameter, after that of another one."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    if _is_elementwise(key, value, example):
+        return torch.full_like(parameter, float(value.reshape(-1)[0]) if value.numel() else 0.0, dtype=value.dtype)
+    return value.detach().cpu().clone()
+
+
+def _cut_value(key: str, value: Any, parameter: nn.Parameter, start: int, numel: int) -> Any:
+    if _is_elementwise(key, value, parameter):
+        return value.reshape(-1)[start : start + numel].clone()
+    return value
+
+
+def _is_elementwise(key: str, value: Any, parameter: nn.Parameter) -> bool:
+    """Tell whether a state has an entry for each element; `step` of a parameter with one element has its shape and is a count."""
+    return isinstance(value, torch.Tensor) and value.shape == parameter.shape and key != "step"

@@ -1,0 +1,68 @@
+"""FlatParameters: parameters as views of buckets in registered memory, whole on every rank (stages 1 and 2).
+
+Every rank's optimizer writes its own range; `publish` gathers the ranges of all, in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from ringfold.collectives.errors import ConfigError
+from ringfold.parallel.bucket import Bucket
+from ringfold.parallel.zero.gradients import Cut
+from ringfold.parallel.zero.group import ShardGroup
+from torch import nn
+
+__all__ = ["FlatParameters"]
+
+
+class FlatParameters:
+    """Move the parameters of `buckets` into flat memory; `cuts` are then the pieces of this rank, as parameters that share it.
+
+    The parameters keep their identity, names, shapes and strides.
+    """
+
+    def __init__(self, buckets: Sequence[Bucket], group: ShardGroup) -> None:
+        self._group = group
+        self._flats: list[tuple[Bucket, torch.Tensor]] = []
+        self.cuts: dict[Bucket, list[Cut]] = {}
+        for bucket in buckets:
+            flat = group.whole.empty(bucket.numel, dtype=bucket.dtype, device=bucket.device).zero_()
+            for slot in bucket.slots:
+                view = slot.view(flat)
+                view.copy_(slot.parameter.detach())
+                slot.parameter.data = view
+            self._flats.append((bucket, flat))
+            self.cuts[bucket] = [(piece, nn.Parameter(piece.of(flat))) for piece in bucket.pieces(group.rank)]
+
+    def publish(self) -> None:
+        """Give every rank what the others' optimizers have written.
+
+        Raises:
+            ConfigError: parameters lie elsewhere than they were put; all of them are named.
+        """
+        moved = [
+            slot.name
+            for bucket, flat in self._flats
+            for slot in bucket.slots
+            if slot.numel and slot.parameter.data_ptr() != flat.data_ptr() + slot.start * flat.element_size()
+        ]
+        if moved:
+            raise ConfigError(
+                f"parameters have left the memory that ZeRO keeps them in: {', '.join(moved)}. Assigning to `.data`, or moving or converting the "
+                "model, does that. Change them in place, or before the model is sharded."
+            )
+        comm = self._group.shard
+        works = [comm.all_gather(flat, flat[bucket.range(comm.rank)], async_op=True) for bucket, flat in reversed(self._flats)]
+        for work in works:
+            if work is not None:
+                work.wait()
+
+    def close(self) -> None:
+        """Give the parameters ordinary memory of their own."""
+        for bucket, _ in self._flats:
+            for slot in bucket.slots:
+                slot.parameter.data = slot.parameter.detach().clone()
+        self._flats.clear()
+        self.cuts.clear()

@@ -1,0 +1,101 @@
+"""Sharding: a model whose gradients and optimizer state lie in shards (ZeRO stages 1 and 2; Rajbhandari et al., arXiv:1910.02054).
+
+                 parameters   gradients                optimizer state        bytes of P float32 parameters with Adam on N ranks
+    zero1        whole        whole, reduced: 1/N      1/N                    4P + 4P + 8P/N
+    zero2        whole        1/N                      1/N                    4P + 12P/N, and two buckets
+
+    begin backward -> buckets are reduce-scattered as they fill -> the optimizer steps on this rank's pieces -> parameters are gathered
+
+A piece is a range of one parameter; a rank has at most one of each. It is a parameter of its own to the optimizer, one-dimensional, and
+shares its memory with the parameter's.
+"""
+
+from __future__ import annotations
+
+import torch
+from ringfold.collectives.communicator import Communicator
+from ringfold.parallel.bucket import partition
+from ringfold.parallel.buckets import FIRST_BUCKET_MB
+from ringfold.parallel.zero import optimizer as zero_optimizer
+from ringfold.parallel.zero.gradients import ShardedGradients
+from ringfold.parallel.zero.group import ShardGroup
+from ringfold.parallel.zero.parameters import FlatParameters
+from torch import nn
+from torch.optim import Optimizer
+
+__all__ = ["Sharding"]
+
+
+class Sharding:
+    """Shard what a model needs beside its parameters over `comm`, or over each `group_size` of its ranks; made by all of them together.
+
+    Every rank holds the same parameters before (`broadcast_state`). `averaged`: gradients are averages over ranks, else sums.
+
+    Raises:
+        ConfigError: names, shapes, dtypes or requires_grad differ between ranks.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        comm: Communicator,
+        stage: int,
+        *,
+        averaged: bool,
+        group_size: int | None = None,
+        bucket_mb: float = 25.0,
+    ) -> None:
+        self.stage = stage
+        named = list(module.named_parameters())
+        trained = [(name, parameter) for name, parameter in named if parameter.requires_grad]
+        for _, parameter in trained:
+            parameter.data = parameter.detach().contiguous()  # a piece is then a range of indices, in checkpoints too
+        self._group = ShardGroup(comm, group_size)
+        buckets = partition(trained, int(bucket_mb * 2**20), first_nbytes=int(FIRST_BUCKET_MB * 2**20), ranks=self._group.size)
+        self._flat = FlatParameters(buckets, self._group)
+        self.gradients = ShardedGradients(named, self._flat.cuts, self._group, averaged, accumulates_locally=stage == 1)
+        self._cut_of = {id(piece.slot.parameter): (piece, mine) for cuts in self._flat.cuts.values() for piece, mine in cuts}
+        self._slot_of = {id(slot.parameter): (slot, bucket) for bucket in buckets for slot in bucket.slots}
+        self.pieces = [mine for _, mine in self._cut_of.values()]
+
+    def sum_over_shards(self, value: float) -> float:
+        """Return the sum of a number that each rank has computed of its own pieces."""
+        total = torch.tensor([value], dtype=torch.float64, device="cpu")
+        self._group.shard.all_reduce(total)
+        return float(total)
+
+    def cut(self, optimizer: Optimizer) -> None:
+        """Give an optimizer, built on the model's parameters, the pieces of this rank; its steps then end with the gathering of parameters.
+
+        Raises:
+            ConfigError: it is not elementwise.
+        """
+        whole: dict[int, tuple[nn.Parameter | None, int]] = {id(p): (p, 0) for group in optimizer.param_groups for p in group["params"]}
+        mine = {key: (parameter, piece.start) for key, (piece, parameter) in self._cut_of.items()}
+        nothing = dict.fromkeys(self._slot_of, (None, 0))
+        zero_optimizer.cut(optimizer, {**whole, **nothing, **mine})
+        optimizer.register_step_post_hook(lambda *_: self._flat.publish())
+
+    def grad(self, parameter: nn.Parameter) -> torch.Tensor | None:
+        """Return a parameter's whole gradient as the optimizer sees it, in new memory, or None if no rank used it; collective."""
+        if id(parameter) not in self._slot_of:
+            return None  # frozen
+        slot, bucket = self._slot_of[id(parameter)]
+        gathered = torch.zeros(slot.numel + 1, dtype=bucket.dtype, device=bucket.device)  # and whether there is one
+        if id(parameter) in self._cut_of:
+            piece, mine = self._cut_of[id(parameter)]
+            if mine.grad is not None:
+                gathered[piece.start : piece.stop] = mine.grad
+                gathered[-1] = 1.0
+        self._group.shard.all_reduce(gathered)
+        return gathered[:-1].as_strided(slot.shape, slot.strides) if gathered[-1] else None
+
+    def named_pieces(self) -> list[tuple[str, nn.Parameter, int, torch.Size]]:
+        """Return (name of the parameter, piece, index of its first element in row-major order, shape of the parameter) of each piece here."""
+        return [(piece.slot.name, mine, piece.start, piece.slot.shape) for piece, mine in self._cut_of.values()]
+
+    def close(self) -> None:
+        """Give the model back: parameters in memory of their own, no hooks; collective. The optimizer is of no use afterwards."""
+        self.gradients.close()
+        self._flat.close()
+        self._group.close()
