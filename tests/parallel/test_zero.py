@@ -50,7 +50,7 @@ def train_without_one_reduction(world: Communicator) -> dict[str, Any]:
 
     def spoil(self: ShardedGradients, filling: Any) -> None:
         settle(self, filling)
-        if filling is self._buckets[-1]:
+        if filling is self._buckets[-2]:  # the last one is of the unused parameter
             filling.shard.mul_(0.5)
 
     ShardedGradients._settle = spoil
