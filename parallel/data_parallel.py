@@ -22,6 +22,7 @@ from ringfold.collectives.errors import ConfigError
 from ringfold.parallel.agreement import require_agreement
 from ringfold.parallel.batch_norm import desynchronise_batch_norm, synchronise_batch_norm
 from ringfold.parallel.buckets import GradientBuckets
+from ringfold.parallel.reducer import GradientReducer
 from ringfold.parallel.sparse import sparse_parameter_names
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -40,7 +41,7 @@ class DataParallel(nn.Module):
         ConfigError: parameters or buffers differ between ranks in name, shape, dtype or requires_grad, or have no shape yet.
     """
 
-    buckets: GradientBuckets | None
+    buckets: GradientReducer[Any] | None
 
     def __init__(self, module: nn.Module, comm: Communicator, *, bucket_mb: float = 25.0, sync_batch_norm: bool = True) -> None:
         super().__init__()
@@ -49,7 +50,7 @@ class DataParallel(nn.Module):
             raise ConfigError(f"lazy parameters without a shape: {', '.join(unshaped)}. Run one batch through the model first")
         self.module = module
         broadcast_state(module, comm)
-        self.buckets = GradientBuckets(module.named_parameters(), comm, averaged=True, bucket_mb=bucket_mb, sparse=sparse_parameter_names(module))
+        self.buckets = self._make_reducer(comm, bucket_mb)
         if sync_batch_norm:
             synchronise_batch_norm(module, comm)
 
@@ -76,6 +77,10 @@ class DataParallel(nn.Module):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load the state of `.module`; every rank loads the same."""
         return self.module.load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def _make_reducer(self, comm: Communicator, bucket_mb: float) -> GradientReducer[Any]:
+        named, sparse = self.module.named_parameters(), sparse_parameter_names(self.module)
+        return GradientBuckets(named, comm, averaged=True, bucket_mb=bucket_mb, sparse=sparse)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "buckets": None}

@@ -2,11 +2,11 @@
 
     forward      each microbatch gives totals and counts (loss.py); the global count travels meanwhile (global_mean.py)
     backward     of total / global count; buckets are summed over dp as soon as they are full, during the last microbatch
-    clip         by the norm of the whole gradient, which every rank holds after the sum: no communication
-    update       the optimizer on the original parameters, then the scheduler
+    clip         by the norm of the whole gradient: every rank holds it after the sum, or (zero1, zero2) adds the squares of all pieces
+    update       the optimizer on the parameters, or on this rank's pieces, then the scheduler
 
 So the gradient is that of the mean over the global batch, whatever the number of ranks and microbatches and however unevenly rows and valid
-targets fall on them. A rank without rows contributes zero and still takes part. dp only in this version.
+targets fall on them. A rank without rows contributes zero and still takes part.
 """
 
 from __future__ import annotations

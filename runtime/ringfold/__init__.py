@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from ringfold.parallel.layout import Layout as Layout
     from ringfold.parallel.mesh import DeviceMesh as DeviceMesh
     from ringfold.parallel.placement import Placement as Placement
+    from ringfold.parallel.zero.model import ZeRO as ZeRO
     from ringfold.runtime.context import all_reduce as all_reduce
     from ringfold.runtime.context import init as init
     from ringfold.runtime.context import shutdown as shutdown
@@ -70,6 +71,7 @@ __all__ = [
     "PrecisionError",
     "RingfoldError",
     "Work",
+    "ZeRO",
     "__version__",
     "all_reduce",
     "global_mean",
@@ -87,6 +89,7 @@ _HOMES = {
     "Layout": "parallel.layout",
     "Placement": "parallel.placement",
     "Work": "collectives.work",
+    "ZeRO": "parallel.zero.model",
     "all_reduce": "runtime.context",
     "global_mean": "runtime.global_mean",
     "init": "runtime.context",

@@ -34,6 +34,7 @@ NAMES = [
     "PrecisionError",
     "RingfoldError",
     "Work",
+    "ZeRO",
     "__version__",
     "all_reduce",
     "global_mean",
