@@ -13,7 +13,7 @@ whoever owns it (tests/parallel/test_zero_optimizer.py).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -66,7 +66,8 @@ class Piece:
 class Bucket:
     """The layout of a group of parameters of one dtype, in a vector of `numel` elements that `ranks` divides into equal ranges."""
 
-    def __init__(self, group: Group, ranks: int = 1) -> None:
+    def __init__(self, group: Group, ranks: int = 1, unlike: Collection[Bucket] = ()) -> None:
+        """Lay out a group; its length will be that of none of `unlike`."""
         self.dtype, self.device = group[0][1].dtype, group[0][1].device
         self.ranks = ranks
         self.slots: list[Slot] = []
@@ -74,7 +75,10 @@ class Bucket:
         for position, (name, parameter) in enumerate(group):
             self.slots.append(Slot(name, parameter, position, end, parameter.shape, _strides(parameter)))
             end += _aligned(parameter.numel())
-        self.numel = max(1, -(-end // (ALIGNMENT * ranks))) * ALIGNMENT * ranks
+        step, taken = ALIGNMENT * ranks, {other.numel for other in unlike}
+        self.numel: int = max(1, -(-end // step)) * step
+        while self.numel in taken:
+            self.numel += step
 
     @property
     def nbytes(self) -> int:

@@ -103,8 +103,15 @@ class Engine:
         self._reducer: GradientReducer[Any]
         if mesh.layout.zero:
             self._sharding = Sharding(
-                self.module, self._comm, mesh.layout.zero, averaged=False, group_size=mesh.layout.zero_group, bucket_mb=bucket_mb
+                self.module,
+                self._comm,
+                mesh.layout.zero,
+                averaged=False,
+                group_size=mesh.layout.zero_group,
+                bucket_mb=bucket_mb,
+                blocks=blocks,
             )
+            self.recomputation.before_recompute = self._sharding.gather
             self._reducer = self._sharding.gradients
         else:
             self._reducer = GradientBuckets(
@@ -113,8 +120,9 @@ class Engine:
         self._stepped = self._parameters if self._sharding is None else self._sharding.pieces  # what the optimizer steps on
         self.optimizer = self._make_optimizer(optimizer)
         self.scheduler = None if scheduler is None else self._make_scheduler(scheduler)
-        # Synchronised statistics are collectives inside the model: a rank without rows then has to call it too.
-        self._always_calls = any(getattr(part, "communicator", None) is not None for part in self.module.modules())
+        # Synchronised statistics, and the gathering of blocks, are collectives inside the model: a rank without rows then has to call it too.
+        synchronises = any(getattr(part, "communicator", None) is not None for part in self.module.modules())
+        self._always_calls = synchronises or mesh.layout.zero == 3
         self._grad_norm: float | None = None
         self._shards: list[ShardedData] = []
         self._positions: list[dict[str, int]] = []
@@ -158,7 +166,7 @@ class Engine:
     def evaluate(self, batches: Iterable[Any]) -> dict[str, float]:
         """Return the global means of the loss and of every metric over all rows of several global batches, in evaluation mode."""
         prepared = (Batch.of(batch).to(self.mesh.device, self._cast) for batch in batches)
-        return evaluate(self.module, prepared, self._rule, self._metrics, self._comm)
+        return evaluate(self.module, prepared, self._rule, self._metrics, self._comm, always_calls=self._shards_parameters)
 
     def gather_metric(self, rows: Tensor) -> Tensor:
         """Return the rows of all ranks in rank order, which is the order of the global batch; a 0-dim tensor is one row.
@@ -198,8 +206,34 @@ class Engine:
         return None if grad is None else grad.detach().clone()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the full model under its own names on rank 0, and an empty dict elsewhere; tensors are the model's own, as torch's are."""
-        return dict(self.module.state_dict()) if self.mesh.rank == 0 else {}
+        """Return the full model under its own names on rank 0, and an empty dict elsewhere.
+
+        Tensors are the model's own, as torch's are; under zero3 they are copies.
+        """
+        with self.whole_parameters():
+            state = dict(self.module.state_dict()) if self.mesh.rank == 0 else {}
+            if self._shards_parameters:
+                state = {name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()}
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Load a full model, the same on every rank, under its own names.
+
+        Raises: RuntimeError, as torch's, if names or shapes differ.
+        """
+        with self.whole_parameters(write=True):
+            self.module.load_state_dict(state)
+
+    def whole_parameters(self, *, write: bool = False) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which `module` has all its parameters whole on every rank: under zero3 the only time outside its own forward.
+
+        With `write` what is changed inside, alike on all ranks, stays. Memory for the whole model is needed meanwhile.
+        """
+        return contextlib.nullcontext() if self._sharding is None else self._sharding.everything(write)
+
+    @property
+    def _shards_parameters(self) -> bool:
+        return self._sharding is not None and self._sharding.stage == 3
 
     def shard(self, source: Any, **options: Any) -> ShardedData:
         """Return this rank's rows of a source of global batches, as `rf.shard`; `save` and `resume` keep its position."""
@@ -221,13 +255,10 @@ class Engine:
             "data": [data.state_dict() for data in self._shards],
             "random": self.mesh.world.all_gather_object(checkpoint.random_state()),
         }
-        # Buffers are rank 0's, as in the beginning: statistics of a BatchNorm that is not synchronised differ, and those of one rank belong together.
-        parameters = {name for name, _ in self.module.named_parameters(remove_duplicate=False)}
-        state = {name: value for name, value in self.module.state_dict().items() if self.mesh.rank == 0 or name in parameters}
         return self._saver.save(
             directory,
             step=self.step,
-            model_state=state,
+            model_state=self._model_state(),
             optimizer_state=checkpoint.optimizer_state_by_name(self.optimizer, self._named_pieces()),
             extra=extra,
             asynchronous=asynchronous,
@@ -245,7 +276,10 @@ class Engine:
         Raises: Incomplete, Corrupt, or Incompatible (with all differences, before anything is changed).
         """
         found = checkpoint.load(directory, comm=self.mesh.world)
-        found.restore(self.module, self.optimizer, self._named_pieces())
+        wanted = self._model_state(all_buffers=True) if self._shards_parameters else self.module
+        found.restore(wanted, self.optimizer, self._named_pieces())
+        if self._sharding is not None:
+            self._sharding.publish()
         extra = found.extra()
         if self.scheduler is not None and extra["scheduler"] is not None:
             self.scheduler.load_state_dict(extra["scheduler"])
@@ -273,8 +307,29 @@ class Engine:
         """Return what the optimizer steps on here, with the names of the parameters."""
         if self._sharding is None:
             return list(self.module.named_parameters())
-        frozen = [(name, parameter) for name, parameter in self.module.named_parameters() if not parameter.requires_grad]
-        return [*frozen, *((name, checkpoint.Piece(piece, start, shape)) for name, piece, start, shape in self._sharding.named_pieces())]
+        kept = [] if self._shards_parameters else [(name, p) for name, p in self.module.named_parameters() if not p.requires_grad]
+        return [*kept, *((name, checkpoint.Piece(piece, start, shape)) for name, piece, start, shape in self._sharding.named_pieces())]
+
+    def _model_state(self, all_buffers: bool = False) -> dict[str, Any]:
+        """Return what this rank saves of the model's state, and what it wants of a saved one: all of it, or pieces of sharded parameters.
+
+        Unless `all_buffers`, buffers are rank 0's, as in the beginning: statistics of a BatchNorm that is not synchronised differ, and those
+        of one rank belong together.
+        """
+        parameters = dict(self.module.named_parameters(remove_duplicate=False))
+        state = self.module.state_dict()
+        if not self._shards_parameters:
+            return {name: value for name, value in state.items() if all_buffers or self.mesh.rank == 0 or name in parameters}
+        assert self._sharding is not None  # narrows the type
+        mine = {id(self.module.get_parameter(name)): (piece, start) for name, piece, start, _ in self._sharding.named_pieces()}
+        found: dict[str, Any] = {}
+        for name, value in state.items():
+            if name in parameters:
+                piece, start = mine.get(id(parameters[name]), (value.new_empty(0), 0))
+                found[name] = checkpoint.TensorPart(piece.detach(), tuple(value.shape), start)
+            elif all_buffers or self.mesh.rank == 0:
+                found[name] = value
+        return found
 
     def _microbatches(self, batch: Any) -> list[Batch]:
         parts = Batch.of(batch).to(self.mesh.device, self._cast).microbatches(self._micro)

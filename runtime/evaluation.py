@@ -25,8 +25,12 @@ Metric = Callable[[Any, Any], Any]
 
 
 @torch.no_grad()
-def evaluate(module: nn.Module, batches: Iterable[Batch], rule: LossRule, metrics: Mapping[str, Metric], comm: Communicator) -> dict[str, float]:
+def evaluate(
+    module: nn.Module, batches: Iterable[Batch], rule: LossRule, metrics: Mapping[str, Metric], comm: Communicator, *, always_calls: bool = False
+) -> dict[str, float]:
     """Return "loss", each term of it by name if it has several, and each metric; the same on every rank.
+
+    always_calls: the model is collective, so it is called without rows, too.
 
     Raises: ConfigError on every rank if all batches together have no valid target.
     """
@@ -34,6 +38,8 @@ def evaluate(module: nn.Module, batches: Iterable[Batch], rule: LossRule, metric
     with evaluating(module):
         for batch in batches:
             if not batch.rows:
+                if always_calls:
+                    batch.call(module)
                 continue
             output = batch.call(module)
             ahead = rule.count_ahead(batch.target, batch.rows)

@@ -97,13 +97,14 @@ def _train_rank(job: _RankJob) -> tuple[list[Step], list[str]]:
         with _float64():
             model_fn, _, loss = job.source()
             engine = Engine(functools.partial(build, model_fn), mesh, loss=loss, optimizer=make_optimizer, clip_norm=job.clip_norm)
-        engine.module.load_state_dict(job.initial)
+        engine.load_state_dict(job.initial)
         steps, digests = [], []
         torch.set_default_dtype(torch.float64)
         for whole in job.batches:
             mine = take_rows((whole.inputs, whole.target), *row_range(whole.rows, mesh["dp"].rank, mesh["dp"].size))
             value = engine.train_step(mine)
-            _, weights = snapshot(engine.module)
+            with engine.whole_parameters():
+                _, weights = snapshot(engine.module)
             grads = {name: _dense(engine.grad(name)) for name, _ in engine.module.named_parameters()}
             digests.append(_digest(weights))
             steps.append(Step(whole.rows, value, engine.grad_norm, grads, weights))

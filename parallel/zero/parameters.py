@@ -36,6 +36,11 @@ class FlatParameters:
             self._flats.append((bucket, flat))
             self.cuts[bucket] = [(piece, nn.Parameter(piece.of(flat))) for piece in bucket.pieces(group.rank)]
 
+    @property
+    def all_cuts(self) -> dict[Bucket, list[Cut]]:
+        """The pieces of frozen parameters, too, of which there are none here."""
+        return self.cuts
+
     def publish(self) -> None:
         """Give every rank what the others' optimizers have written.
 

@@ -1,10 +1,12 @@
-"""Sharding: a model whose gradients and optimizer state lie in shards (ZeRO stages 1 and 2; Rajbhandari et al., arXiv:1910.02054).
+"""Sharding: a model whose optimizer state, gradients and parameters lie in shards (ZeRO; Rajbhandari et al., arXiv:1910.02054).
 
                  parameters   gradients                optimizer state        bytes of P float32 parameters with Adam on N ranks
     zero1        whole        whole, reduced: 1/N      1/N                    4P + 4P + 8P/N
     zero2        whole        1/N                      1/N                    4P + 12P/N, and two buckets
+    zero3        1/N          1/N                      1/N                    16P/N, two buckets, and two blocks beside what is in none
 
-    begin backward -> buckets are reduce-scattered as they fill -> the optimizer steps on this rank's pieces -> parameters are gathered
+    begin backward -> buckets are reduce-scattered as they fill -> the optimizer steps on this rank's pieces -> parameters are gathered,
+    under stage 3 not now, but a block at a time before it is used
 
 A piece is a range of one parameter; a rank has at most one of each. It is a parameter of its own to the optimizer, one-dimensional, and
 shares its memory with the parameter's.
@@ -12,11 +14,15 @@ shares its memory with the parameter's.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from ringfold.collectives.communicator import Communicator
 from ringfold.parallel.bucket import partition
 from ringfold.parallel.buckets import FIRST_BUCKET_MB
 from ringfold.parallel.zero import optimizer as zero_optimizer
+from ringfold.parallel.zero.gathering import GatheredParameters
 from ringfold.parallel.zero.gradients import ShardedGradients
 from ringfold.parallel.zero.group import ShardGroup
 from ringfold.parallel.zero.parameters import FlatParameters
@@ -44,18 +50,23 @@ class Sharding:
         averaged: bool,
         group_size: int | None = None,
         bucket_mb: float = 25.0,
+        blocks: Sequence[str] | None = None,
     ) -> None:
         self.stage = stage
         named = list(module.named_parameters())
         trained = [(name, parameter) for name, parameter in named if parameter.requires_grad]
-        for _, parameter in trained:
+        for _, parameter in named:
             parameter.data = parameter.detach().contiguous()  # a piece is then a range of indices, in checkpoints too
         self._group = ShardGroup(comm, group_size)
-        buckets = partition(trained, int(bucket_mb * 2**20), first_nbytes=int(FIRST_BUCKET_MB * 2**20), ranks=self._group.size)
-        self._flat = FlatParameters(buckets, self._group)
-        self.gradients = ShardedGradients(named, self._flat.cuts, self._group, averaged, accumulates_locally=stage == 1)
-        self._cut_of = {id(piece.slot.parameter): (piece, mine) for cuts in self._flat.cuts.values() for piece, mine in cuts}
-        self._slot_of = {id(slot.parameter): (slot, bucket) for bucket in buckets for slot in bucket.slots}
+        if stage == 3:
+            self._parameters: FlatParameters | GatheredParameters = GatheredParameters(module, self._group, blocks)
+        else:
+            limit, first = int(bucket_mb * 2**20), int(FIRST_BUCKET_MB * 2**20)
+            self._parameters = FlatParameters(partition(trained, limit, first_nbytes=first, ranks=self._group.size), self._group)
+        self.gradients = ShardedGradients(named, self._parameters.cuts, self._group, averaged, accumulates_locally=stage == 1)
+        cuts = self._parameters.all_cuts
+        self._slot_of = {id(slot.parameter): (slot, bucket) for bucket in cuts for slot in bucket.slots}
+        self._cut_of = {id(piece.slot.parameter): (piece, mine) for each in cuts.values() for piece, mine in each}
         self.pieces = [mine for _, mine in self._cut_of.values()]
 
     def sum_over_shards(self, value: float) -> float:
@@ -74,12 +85,20 @@ class Sharding:
         mine = {key: (parameter, piece.start) for key, (piece, parameter) in self._cut_of.items()}
         nothing = dict.fromkeys(self._slot_of, (None, 0))
         zero_optimizer.cut(optimizer, {**whole, **nothing, **mine})
-        optimizer.register_step_post_hook(lambda *_: self._flat.publish())
+        optimizer.register_step_post_hook(lambda *_: self.publish())
+
+    def publish(self) -> None:
+        """Let every rank see what has changed in the pieces of any.
+
+        Raises:
+            ConfigError: parameters were moved behind its back.
+        """
+        self._parameters.publish()
 
     def grad(self, parameter: nn.Parameter) -> torch.Tensor | None:
         """Return a parameter's whole gradient as the optimizer sees it, in new memory, or None if no rank used it; collective."""
-        if id(parameter) not in self._slot_of:
-            return None  # frozen
+        if not parameter.requires_grad:
+            return None
         slot, bucket = self._slot_of[id(parameter)]
         gathered = torch.zeros(slot.numel + 1, dtype=bucket.dtype, device=bucket.device)  # and whether there is one
         if id(parameter) in self._cut_of:
@@ -94,8 +113,19 @@ class Sharding:
         """Return (name of the parameter, piece, index of its first element in row-major order, shape of the parameter) of each piece here."""
         return [(piece.slot.name, mine, piece.start, piece.slot.shape) for piece, mine in self._cut_of.values()]
 
+    def gather(self, block: nn.Module) -> None:
+        """Let the parameters of a block be seen until another needs the memory, where they are not always."""
+        if isinstance(self._parameters, GatheredParameters):
+            self._parameters.gather(block)
+
+    def everything(self, write: bool = False) -> AbstractContextManager[None]:
+        """Return a context in which every rank has all parameters whole; with `write` what was changed inside, alike on all ranks, stays."""
+        if isinstance(self._parameters, GatheredParameters):
+            return self._parameters.everything(write)
+        return nullcontext()
+
     def close(self) -> None:
         """Give the model back: parameters in memory of their own, no hooks; collective. The optimizer is of no use afterwards."""
         self.gradients.close()
-        self._flat.close()
+        self._parameters.close()
         self._group.close()

@@ -94,10 +94,10 @@ def plain_value(value: Any) -> Tensor:
     return value[0] / value[1] if isinstance(value, tuple) else value
 
 
-def plain_training(loss: Callable[..., Any], clip_norm: float | None = CLIP_NORM) -> dict[str, Any]:
+def plain_training(loss: Callable[..., Any], clip_norm: float | None = CLIP_NORM, make: Callable[[], nn.Module] = Reader) -> dict[str, Any]:
     """Train on whole batches with nothing but torch."""
     torch.manual_seed(0)
-    model = Reader()
+    model = make()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
     found: dict[str, Any] = {"losses": [], "norms": [], "grads": []}
@@ -126,10 +126,13 @@ def make_engine(world: Communicator, layout: str = "", model: Callable[[], nn.Mo
     return Engine(model, DeviceMesh(Layout.parse(layout), world), **options)
 
 
-def train(world: Communicator, micro: int, loss: str, clip_norm: float | None = CLIP_NORM, layout: str = "") -> dict[str, Any]:
+def train(
+    world: Communicator, micro: int, loss: str, clip_norm: float | None = CLIP_NORM, layout: str = "", make: Callable[[], nn.Module] = Reader
+) -> dict[str, Any]:
     engine = make_engine(
         world,
         f"{layout} micro{micro}",
+        make,
         loss=LOSSES[loss],
         scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step)),
         clip_norm=clip_norm,
@@ -142,7 +145,8 @@ def train(world: Communicator, micro: int, loss: str, clip_norm: float | None = 
         found["grads"].append({name: engine.grad(name) for name, _ in engine.module.named_parameters()})
     assert engine.grad("unused") is None
     assert 0 <= engine.communication_share <= 1
-    return found | {"weights": engine.module.state_dict()}
+    with engine.whole_parameters():
+        return found | {"weights": {name: value.clone() for name, value in engine.module.state_dict().items()}}
 
 
 def assert_same_numbers(found: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -204,7 +208,9 @@ def train_in_two_halves(world: Communicator, folder: Path, first: bool, layout: 
         grads.append({name: engine.grad(name) for name, _ in engine.module.named_parameters()})
     if first:
         engine.save(folder / f"step-{engine.step}")
-    return {"losses": losses, "norms": norms, "grads": grads, "weights": engine.module.state_dict()}
+    with engine.whole_parameters():
+        weights = {name: value.clone() for name, value in engine.module.state_dict().items()}
+    return {"losses": losses, "norms": norms, "grads": grads, "weights": weights}
 
 
 def test_a_checkpoint_goes_on_at_another_width_where_it_stopped(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ from tests.parallel.test_engine import (
 
 @pytest.mark.parametrize(("micro", "loss"), [(1, "torch"), (3, "pair"), (2, "terms")])
 @pytest.mark.parametrize(
-    ("size", "layout"), [(size, f"zero{stage}") for size in (1, 2, 4) for stage in (1, 2)] + [(4, "zero1:group2"), (4, "zero2:group2")]
+    ("size", "layout"), [(size, f"zero{stage}") for size in (1, 2, 4) for stage in (1, 2, 3)] + [(4, f"zero{stage}:group2") for stage in (1, 2, 3)]
 )
 def test_every_stage_has_the_numbers_of_plain_pytorch(size: int, layout: str, micro: int, loss: str) -> None:
     expected = plain_training(LOSSES[loss])
@@ -65,7 +65,9 @@ def test_the_comparison_sees_one_bucket_that_is_wrong() -> None:
         assert_same_numbers(run_ranks(2, train_without_one_reduction)[0], plain_training(F.cross_entropy))
 
 
-@pytest.mark.parametrize(("before", "after"), [("zero2", "zero1"), ("", "zero2"), ("zero1", "")])
+@pytest.mark.parametrize(
+    ("before", "after"), [("zero2", "zero1"), ("", "zero2"), ("zero1", ""), ("zero3", "zero3"), ("zero3", "zero1"), ("", "zero3")]
+)
 def test_a_checkpoint_goes_on_at_another_width_and_stage(tmp_path: Path, before: str, after: str) -> None:
     expected = plain_training(valid_pair)
     half = len(ROWS) // 2
@@ -117,13 +119,14 @@ def steps(world: Communicator, layout: str, optimizer: str) -> tuple[dict[str, T
         engine.train_step(mine((tokens[:, 0], tokens[:, 1]), world.rank, world.size))
     states = [state for parameter, state in engine.optimizer.state.items() if parameter.requires_grad]
     count = sum(value.numel() for each in states for key, value in each.items() if key != "step" and isinstance(value, Tensor))
-    return {name: value.clone() for name, value in engine.module.state_dict().items()}, count
+    with engine.whole_parameters():
+        return {name: value.clone() for name, value in engine.module.state_dict().items()}, count
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_elementwise_optimizers_step_as_on_whole_parameters_and_hold_a_share_of_the_state(optimizer: str) -> None:
     (expected, whole), *_ = run_ranks(3, steps, "", optimizer)
-    for layout in ("zero1", "zero2"):
+    for layout in ("zero1", "zero2", "zero3"):
         results = run_ranks(3, steps, layout, optimizer)
         assert sum(state for _, state in results) == whole
         assert max(state for _, state in results) <= whole / 2
@@ -223,7 +226,7 @@ def own_loop(world: Communicator, stage: int, passes: int, quietly: bool) -> tup
 @pytest.mark.parametrize("passes", [1, 3])
 def test_in_an_own_loop_every_stage_trains_as_data_parallel_does(passes: int, quietly: bool) -> None:
     weights, norms, grads = run_ranks(3, own_loop, 0, passes, quietly)[0]
-    for stage in (1, 2):
+    for stage in (1, 2, 3):
         for found in run_ranks(3, own_loop, stage, passes, quietly):
             assert found[1] == pytest.approx(norms, rel=1e-6)
             for name, value in weights.items():
@@ -235,7 +238,7 @@ def test_in_an_own_loop_every_stage_trains_as_data_parallel_does(passes: int, qu
 
 
 def refused_options(world: Communicator) -> None:
-    with pytest.raises(ConfigError, match="stage is 4, expected 1 or 2"):
+    with pytest.raises(ConfigError, match="stage is 4, expected 1, 2 or 3"):
         rf.ZeRO(nn.Linear(2, 2), world, stage=4)
     with pytest.raises(ConfigError, match="group_size is 2, expected a divisor of the 3 ranks"):
         rf.ZeRO(nn.Linear(2, 2), world, group_size=2)

@@ -225,7 +225,7 @@ def test_what_is_built_is_not_refused(text: str) -> None:
 
 def test_every_feature_that_is_built_is_one_that_layouts_ask_for() -> None:
     every = "dp2 tp2 pp2 cp2 ep2 zero3:cpu:group2 fp64 recompute micro2 exact2"
-    asked = {need for text in [every, "zero1", "zero2", *PRECISIONS] for _, needs in Layout.parse(text)._words() for need in needs}
+    asked = {need for text in [every, "zero1", "zero2", "zero3", *PRECISIONS] for _, needs in Layout.parse(text)._words() for need in needs}
     assert asked >= BUILT - {"fp32"}
 
 

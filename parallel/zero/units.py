@@ -1,0 +1,125 @@
+"""Unit: the parameters of one block, of which each rank keeps its ranges, and which are gathered into memory that is lent to it.
+
+    shards   | own range of each bucket |                       for good, in registered memory
+    memory   | bucket | bucket |                                lent: whole parameters, while they are needed
+
+Without memory a parameter is one NaN, expanded to its shape: whoever reads it gets NaN and not a stale value, and writing to it raises.
+No two buckets of a model have the same length, so a rank that gathers another unit than its peers is told so by the collective itself
+(CollectiveMismatch), instead of training with another block's weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from ringfold.collectives.work import Work
+from ringfold.parallel.bucket import Bucket
+from ringfold.parallel.zero.gradients import Cut
+from ringfold.parallel.zero.group import ShardGroup
+from torch import nn
+
+__all__ = ["Unit"]
+
+Named = Sequence[tuple[str, nn.Parameter]]
+
+
+class Unit:
+    """The parameters of `named`, in one bucket for each dtype, trained and frozen apart; none of the buckets is as long as one of `others`."""
+
+    def __init__(self, name: str, named: Named, group: ShardGroup, others: Sequence[Bucket]) -> None:
+        self.name = name
+        self._group = group
+        kinds: dict[tuple[torch.dtype, bool], list[tuple[str, nn.Parameter]]] = {}
+        for pair in reversed(named):
+            kinds.setdefault((pair[1].dtype, pair[1].requires_grad), []).append(pair)
+        self.buckets: list[Bucket] = []
+        for members in kinds.values():
+            self.buckets.append(Bucket(members, group.size, [*others, *self.buckets]))
+        self.nbytes = sum(bucket.nbytes for bucket in self.buckets)
+        self.memory: torch.Tensor | None = None  # bytes, in which this unit's parameters are, or are arriving
+        self.is_shown = False
+        self._flats: list[torch.Tensor] = []  # the buckets in the memory
+        self._views: list[torch.Tensor] = []  # the parameters in it
+        self._seen: dict[int, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}  # both, of memory that is lent again and again
+        self._works: list[Work] = []
+        self._shards: list[torch.Tensor] = []
+        self._absent: list[torch.Tensor] = []
+        self.cuts: dict[Bucket, list[Cut]] = {}
+        for bucket in self.buckets:
+            whole = torch.zeros(bucket.numel, dtype=bucket.dtype, device=bucket.device)
+            for slot in bucket.slots:
+                slot.view(whole).copy_(slot.parameter.detach())
+                self._absent.append(torch.full((), float("nan"), device=bucket.device).to(bucket.dtype).expand(slot.shape))
+            shard = group.whole.empty(bucket.numel // group.size, dtype=bucket.dtype, device=bucket.device)
+            shard.copy_(whole[bucket.range(group.rank)])
+            self._shards.append(shard)
+            begin = bucket.range(group.rank).start
+            self.cuts[bucket] = [
+                (
+                    piece,
+                    nn.Parameter(shard[piece.slot.start + piece.start - begin :][: piece.numel], requires_grad=piece.slot.parameter.requires_grad),
+                )
+                for piece in bucket.pieces(group.rank)
+            ]
+        self.hide()
+
+    @property
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return (slot.parameter for bucket in self.buckets for slot in bucket.slots)
+
+    def begin(self, memory: torch.Tensor, *, once: bool = False) -> None:
+        """Start to gather the parameters of all ranks into `memory`, `nbytes` long or more, which is lent again later unless `once`."""
+        self.memory = memory
+        known = self._seen.get(memory.data_ptr())
+        if known is None:
+            flats = list(self._cut_memory(memory))
+            known = flats, [slot.view(flat) for bucket, flat in zip(self.buckets, flats, strict=True) for slot in bucket.slots]
+            if not once:
+                self._seen[memory.data_ptr()] = known
+        self._flats, self._views = known
+        started = [self._group.shard.all_gather(flat, shard, async_op=True) for flat, shard in zip(self._flats, self._shards, strict=True)]
+        self._works = [work for work in started if work is not None]
+
+    def show(self) -> None:
+        """Wait for the parameters, and let them be seen."""
+        if self.is_shown:
+            return
+        self._wait()
+        for parameter, view in zip(self.parameters, self._views, strict=True):
+            parameter.data = view
+        self.is_shown = True
+
+    def hide(self) -> None:
+        """Let the parameters be seen no longer."""
+        for parameter, absent in zip(self.parameters, self._absent, strict=True):
+            parameter.data = absent
+        self.is_shown = False
+
+    def take_over(self) -> None:
+        """Make what is in the memory, on this rank, the values of its shards."""
+        for bucket, flat, shard in zip(self.buckets, self._flats, self._shards, strict=True):
+            shard.copy_(flat[bucket.range(self._group.rank)])
+
+    def give_back(self) -> torch.Tensor | None:
+        """Return the memory, in which nothing is arriving any more."""
+        self._wait()
+        memory, self.memory, self._flats, self._views = self.memory, None, [], []
+        return memory
+
+    def moved(self) -> list[str]:
+        """Return the names of parameters that are not where they were put."""
+        expected = self._views if self.is_shown else self._absent
+        slots = [slot for bucket in self.buckets for slot in bucket.slots]
+        return [s.name for s, there in zip(slots, expected, strict=True) if s.numel and s.parameter.data_ptr() != there.data_ptr()]
+
+    def _wait(self) -> None:
+        works, self._works = self._works, []
+        for work in works:
+            work.wait()
+
+    def _cut_memory(self, memory: torch.Tensor) -> Iterator[torch.Tensor]:
+        begin = 0
+        for bucket in self.buckets:
+            yield memory[begin : begin + bucket.nbytes].view(bucket.dtype)
+            begin += bucket.nbytes
