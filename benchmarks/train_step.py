@@ -2,6 +2,7 @@
 
     ringfold bench train_step -n 2
     ringfold bench train_step -n 2 --sides ddp,ddp_ringfold,fsdp,fsdp_ringfold     torch's own parallelism over gloo and over ringfold's backend
+    ringfold bench train_step -n 2 --sides zero1,zero2,zero3,ddp,fsdp,fsdp_kept    shards beside DDP and FSDP2 (kept: it does not reshard)
 
 All sides live in the same processes, so they share allocator, threads and machine, and run the same number of steps on the same batches with the
 same fused AdamW. They take turns in windows of some seconds, in an order that rotates; a window's time is that of the slowest rank. The table has
@@ -31,7 +32,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-SIDES = ("data_parallel", "engine", "ddp", "ddp_ringfold", "fsdp", "fsdp_ringfold", "alone")
+SIDES = ("data_parallel", "engine", "zero1", "zero2", "zero3", "ddp", "ddp_ringfold", "fsdp", "fsdp_kept", "fsdp_ringfold", "alone")
 DEFAULT_SIDES = "data_parallel,engine,ddp,alone"
 WARMUP_STEPS = 4
 BATCHES = 8
@@ -72,14 +73,16 @@ def make_side(name: str, mesh: rf.DeviceMesh, build: Callable[[], GPT]) -> Side:
     model: nn.Module = module
     if name == "data_parallel":
         model = rf.DataParallel(module, mesh["dp"])
+    elif name.startswith("zero"):
+        model = rf.ZeRO(module, mesh["dp"], stage=int(name[-1]))
     elif name.startswith("ddp"):
         model = DistributedDataParallel(module, process_group=torch_group(name), gradient_as_bucket_view=True)
     elif name.startswith("fsdp"):
         torch_mesh = DeviceMesh.from_group(torch_group(name), "cpu")
         for block in module.blocks:
-            fully_shard(block, mesh=torch_mesh)
-        fully_shard(module, mesh=torch_mesh)
-    optimizer = adamw(model.parameters())
+            fully_shard(block, mesh=torch_mesh, reshard_after_forward=name != "fsdp_kept")
+        fully_shard(module, mesh=torch_mesh, reshard_after_forward=name != "fsdp_kept")
+    optimizer = model.optimizer(adamw) if isinstance(model, rf.ZeRO) else adamw(model.parameters())
 
     def step(batch: Batch) -> None:
         inputs, target = batch
@@ -87,7 +90,7 @@ def make_side(name: str, mesh: rf.DeviceMesh, build: Callable[[], GPT]) -> Side:
         optimizer.step()
         optimizer.zero_grad()
 
-    return Side(name, module, step)
+    return Side(name, model, step)
 
 
 def run_steps(comm: rf.Communicator, side: Side, batches: list[Batch], steps: int) -> tuple[float, float]:
@@ -107,6 +110,9 @@ def difference(side: Side, baseline: Side) -> float:
 
 
 def whole_parameters(side: Side) -> list[Tensor]:
+    if isinstance(side.module, rf.ZeRO):
+        with side.module.whole_parameters():
+            return [parameter.detach().clone() for parameter in side.module.parameters()]
     parameters = (parameter.detach() for parameter in side.module.parameters())
     return [parameter.full_tensor() if isinstance(parameter, DTensor) else parameter for parameter in parameters]
 

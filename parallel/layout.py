@@ -19,7 +19,7 @@ from itertools import product
 from ringfold.collectives.errors import LayoutError, nearest
 
 # The one list of what runs today. A layout that needs anything else is refused by `require_built`.
-BUILT = frozenset({"dp", "micro", "fp32", "fp64", "recompute", "zero1", "zero2", "zero3", "zero group"})
+BUILT = frozenset({"dp", "micro", "fp32", "fp64", "recompute", "exact", "zero1", "zero2", "zero3", "zero group"})
 
 AXES = ("pp", "dp", "cp", "tp")  # slowest to fastest over ranks
 PRECISIONS = ("fp32", "bf16", "fp16", "fp8", "fp64")
@@ -278,7 +278,9 @@ class Layout:
             wanted = math.ceil(self.micro / self.pp) * self.pp
             yield f"schedule interleaved needs a multiple of pp {self.pp} microbatches, micro is {self.micro}. Try micro{wanted}."
         if self.exact is not None:
-            if self.exact % dp:
+            if dp & (dp - 1):
+                yield f"exact{self.exact} sums over ranks in pairs, so dp must be a power of two, not {dp}. Try dp{1 << (dp.bit_length() - 1)}."
+            elif self.exact % dp:
                 widest = max(d for d in range(1, min(dp, self.exact) + 1) if self.exact % d == 0)
                 yield f"exact{self.exact}: dp = {dp} does not divide its {self.exact} shards. Try dp{widest}, or exact{dp}."
             elif self.micro not in (1, self.exact // dp):

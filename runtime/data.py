@@ -19,12 +19,12 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from ringfold.collectives.errors import ConfigError, Incompatible
-from ringfold.runtime.rows import row_count, row_range, take_rows
+from ringfold.runtime.rows import row_count, row_ranges, take_ranges, take_rows
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, Sampler, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
 
@@ -36,6 +36,17 @@ class Axis(Protocol):
     def rank(self) -> int: ...
     @property
     def size(self) -> int: ...
+
+
+class Cut(NamedTuple):
+    """Which rows of a global batch are this rank's: those of an axis, or every size-th of a fixed number of shards (exact mode)."""
+
+    rank: int
+    size: int
+    shards: int | None = None
+
+    def ranges(self, count: int) -> list[tuple[int, int]]:
+        return row_ranges(count, self.rank, self.size, self.shards)
 
 
 class Batches(Protocol):
@@ -108,13 +119,15 @@ def shard(
     drop_last: bool = False,
     collate_fn: Callable[[list[Any]], Any] | None = None,
     num_workers: int = 0,
+    shards: int | None = None,
 ) -> ShardedData:
     """Give each rank of `comm` its rows of every global batch of `source`.
 
     `source` is a map-style dataset with `batch_size` (global; the only form that takes the further keywords), a DataLoader over a
     map-style dataset (its dataset, order, collate_fn and workers are taken over, and its batch_size is the global one), or an
     iterable of global batches that all ranks see alike (its `set_epoch` is called, if it has one). What is random is seeded by
-    (`seed`, epoch), and in workers by the rank, too.
+    (`seed`, epoch), and in workers by the rank, too. `shards`: cut every batch into so many, of which rank r of n takes r, r + n, ...
+    (exact mode; Engine gives it), instead of one for each rank.
 
     Raises:
         ConfigError: the source is none of these, or the keywords do not go with it.
@@ -123,6 +136,7 @@ def shard(
         raise ConfigError('rf.shard got a whole mesh, whose ranks do not all read different rows: give it the axis, mesh["dp"]')
     if not hasattr(comm, "rank") or not hasattr(comm, "size"):
         raise ConfigError(f'rf.shard needs a Communicator such as mesh["dp"] as its second argument, not {type(comm).__name__}')
+    cut = Cut(comm.rank, comm.size, shards)
     if batch_size is not None:
         if isinstance(source, (DataLoader, IterableDataset)) or not (hasattr(source, "__getitem__") and hasattr(source, "__len__")):
             raise ConfigError(
@@ -133,26 +147,26 @@ def shard(
             raise ConfigError(f"batch_size must be at least 1 (it is the global one), not {batch_size}")
         sampler: Sampler[int] = RandomSampler(source) if shuffle else SequentialSampler(source)
         loader = DataLoader(source, batch_size, sampler=sampler, drop_last=drop_last, collate_fn=collate_fn, num_workers=num_workers)
-        return ShardedData(_LoadedRows(loader, comm, seed))
+        return ShardedData(_LoadedRows(loader, cut, seed))
     given = {"shuffle": shuffle, "drop_last": drop_last, "collate_fn": collate_fn, "num_workers": num_workers}
     if any(given.values()):
         names = ", ".join(name for name, value in given.items() if value)
         raise ConfigError(f"{names} goes with a map-style dataset and batch_size=, not with {type(source).__name__}, which has its own")
     if isinstance(source, DataLoader) and not isinstance(source.dataset, IterableDataset) and source.batch_sampler is not None:
-        return ShardedData(_LoadedRows(source, comm, seed))
+        return ShardedData(_LoadedRows(source, cut, seed))
     if isinstance(source, Dataset) and not isinstance(source, IterableDataset):
         raise ConfigError(f"rf.shard of a dataset ({type(source).__name__}) needs batch_size=, the global one")
     if not isinstance(source, Iterable):
         raise ConfigError(f"rf.shard needs an iterable of global batches, a dataset with batch_size= or a DataLoader, not {type(source).__name__}")
-    return ShardedData(_CutRows(source, comm))
+    return ShardedData(_CutRows(source, cut))
 
 
 class _CutRows:
     """Rows cut out of an iterable of global batches that every rank goes through."""
 
-    def __init__(self, source: Iterable[Any], axis: Axis) -> None:
+    def __init__(self, source: Iterable[Any], cut: Cut) -> None:
         self._source = source
-        self._axis = axis
+        self._cut = cut
         self._once = iter(source) is source
         self._drawn = 0  # from a source that can be passed over only once
 
@@ -174,14 +188,14 @@ class _CutRows:
             if self._once:
                 self._drawn += 1
             if index >= first:
-                yield take_rows(batch, *row_range(row_count(batch), self._axis.rank, self._axis.size))
+                yield take_ranges(batch, self._cut.ranges(row_count(batch)))
 
 
 class _LoadedRows:
     """Rows of a map-style dataset, of which this rank loads only its own."""
 
-    def __init__(self, loader: DataLoader[Any], axis: Axis, seed: int) -> None:
-        self._axis = axis
+    def __init__(self, loader: DataLoader[Any], cut: Cut, seed: int) -> None:
+        self._cut = cut
         self._seed = seed
         self._size = loader.batch_size
         self._drop_last = loader.drop_last
@@ -216,12 +230,13 @@ class _LoadedRows:
         return samples // self._size if self._drop_last else -(-samples // self._size)
 
     def read(self, epoch: int, first: int) -> Iterator[Any]:
-        cut = [(batch, *row_range(len(batch), self._axis.rank, self._axis.size)) for batch in self._global_batches(epoch)[first:]]
+        batches = self._global_batches(epoch)[first:]
+        mine = [[index for start, stop in self._cut.ranges(len(batch)) for index in batch[start:stop]] for batch in batches]
         # One sample tells the structure, dtypes and shapes of a batch that has no rows for this rank.
-        self._mine.batches = [batch[start:stop] if stop > start else batch[:1] for batch, start, stop in cut]
-        self._loader.generator.manual_seed(_mix(self._seed, epoch, self._axis.rank))  # type: ignore[union-attr]
-        for (_, start, stop), rows in zip(cut, self._loader, strict=True):
-            yield rows if stop > start else take_rows(rows, 0, 0)
+        self._mine.batches = [rows or batch[:1] for rows, batch in zip(mine, batches, strict=True)]
+        self._loader.generator.manual_seed(_mix(self._seed, epoch, self._cut.rank))  # type: ignore[union-attr]
+        for indices, rows in zip(mine, self._loader, strict=True):
+            yield rows if indices else take_rows(rows, 0, 0)
 
     def _global_batches(self, epoch: int) -> Sequence[Sequence[int]]:
         """Return the indices of every global batch of an epoch: the same on all ranks."""

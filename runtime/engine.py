@@ -31,11 +31,13 @@ from ringfold.parallel.recompute.offload import HostOffload
 from ringfold.parallel.recompute.recomputation import Recomputation
 from ringfold.parallel.reducer import GradientReducer
 from ringfold.parallel.sparse import sparse_parameter_names
+from ringfold.parallel.zero.gradients import ShardedGradients
 from ringfold.parallel.zero.sharding import Sharding
-from ringfold.runtime import checkpoint, gradients
+from ringfold.runtime import checkpoint, exact, gradients
 from ringfold.runtime.batch import Batch, tensors_in
 from ringfold.runtime.data import ShardedData, shard
 from ringfold.runtime.evaluation import Metric, evaluate
+from ringfold.runtime.exact import ShardRandom, require_no_batch_norm
 from ringfold.runtime.global_mean import GlobalMean, Policy
 from ringfold.runtime.loss import Term, loss_rule, name_of
 from torch import Tensor, nn
@@ -84,32 +86,38 @@ class Engine:
         self.mesh = mesh
         self._comm = mesh["dp"]
         self._cast = Precision.named(mesh.layout.precision).cast
-        self._micro = mesh.layout.micro
+        self._exact = mesh.layout.exact
+        self._micro = mesh.layout.micro if self._exact is None else self._exact // self._comm.size
         self._rule = loss_rule(loss)
         self._metrics = dict(metrics or {})
-        self._mean = GlobalMean(self._rule, self._comm)
+        self._mean = GlobalMean(self._rule, self._comm, exact=self._exact is not None)
         self._clip_norm = clip_norm
         built = model if isinstance(model, nn.Module) else model()
         if not isinstance(built, nn.Module):
             raise ConfigError(f"model: {name_of(model)} returned {type(built).__name__}, expected a torch.nn.Module.")
         self.module = built.to(mesh.device, self._cast)
         broadcast_state(self.module, self._comm)
-        if sync_batch_norm:
+        if self._exact is not None:
+            require_no_batch_norm(self.module)
+        elif sync_batch_norm:
             synchronise_batch_norm(self.module, self._comm)
+        self._random = ShardRandom(self._comm.broadcast_object(torch.initial_seed()), mesh.device) if self._exact is not None else None
         offload = HostOffload.of_gpu(mesh.device) if offload_activations else None
         self.recomputation = Recomputation(self.module, mesh.layout, self._comm, blocks=blocks, offload=offload)
         self._parameters = list(self.module.parameters())
         self._sharding: Sharding | None = None
         self._reducer: GradientReducer[Any]
-        if mesh.layout.zero:
+        if mesh.layout.zero or self._exact is not None:
+            # Exact mode has one way to sum. Without zero every rank is a group of its own, which shares nothing with the others.
             self._sharding = Sharding(
                 self.module,
                 self._comm,
-                mesh.layout.zero,
+                mesh.layout.zero or 2,
                 averaged=False,
-                group_size=mesh.layout.zero_group,
+                group_size=mesh.layout.zero_group if mesh.layout.zero else 1,
                 bucket_mb=bucket_mb,
                 blocks=blocks,
+                exact=self._exact is not None,
             )
             self.recomputation.before_recompute = self._sharding.gather
             self._reducer = self._sharding.gradients
@@ -237,7 +245,7 @@ class Engine:
 
     def shard(self, source: Any, **options: Any) -> ShardedData:
         """Return this rank's rows of a source of global batches, as `rf.shard`; `save` and `resume` keep its position."""
-        data = shard(source, self._comm, **options)
+        data = shard(source, self._comm, shards=self._exact, **options)
         self._shards.append(data)
         if self._positions:
             data.load_state_dict(self._positions.pop(0))
@@ -253,6 +261,7 @@ class Engine:
         extra = {
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "data": [data.state_dict() for data in self._shards],
+            "shard_seed": None if self._random is None else self._random.seed,
             "random": self.mesh.world.all_gather_object(checkpoint.random_state()),
         }
         return self._saver.save(
@@ -286,6 +295,8 @@ class Engine:
         self._positions = list(extra["data"])
         for data in self._shards[: len(self._positions)]:
             data.load_state_dict(self._positions.pop(0))
+        if self._random is not None and extra.get("shard_seed") is not None:
+            self._random.seed = extra["shard_seed"]
         if len(extra["random"]) == self.mesh.size:
             checkpoint.restore_random_state(extra["random"][self.mesh.rank])
         self.step = found.step
@@ -333,18 +344,20 @@ class Engine:
 
     def _microbatches(self, batch: Any) -> list[Batch]:
         parts = Batch.of(batch).to(self.mesh.device, self._cast).microbatches(self._micro)
-        return parts if self._always_calls else [part for part in parts if part.rows]
+        return parts if self._always_calls or self._exact is not None else [part for part in parts if part.rows]
 
     def _forward_backward(self, parts: list[Batch]) -> tuple[float, float]:
         """Run every microbatch and reduce; return the loss and the factor that the gradients still lack."""
         mean = self._mean
-        mean.begin(self.step + 1, sum(self._rule.count_ahead(part.target, part.rows) for part in parts), single=self._micro == 1)
+        mean.begin(self.step + 1, [self._rule.count_ahead(part.target, part.rows) for part in parts], single=self._micro == 1)
         every = self._reducer.reduces_every_backward
-        if not every:
+        if isinstance(self._reducer, ShardedGradients) and self._exact is not None:
+            self._reducer.begin_step()
+        elif not every:
             self._reducer.begin()
         waiting: list[tuple[Term, ...]] = []
         for i, part in enumerate(parts):
-            terms = self._terms(part)
+            terms = self._terms(i, part)
             is_last = i == len(parts) - 1
             if is_last:
                 mean.reduce()
@@ -366,6 +379,8 @@ class Engine:
             for _ in range(self._micro - len(parts)):
                 with self._reducer.no_sync():  # the others' backwards
                     pass
+            if isinstance(self._reducer, ShardedGradients) and self._exact is not None:
+                self._reducer.combine()
         else:
             self._reducer.finish()
         return mean.finish()
@@ -374,8 +389,18 @@ class Engine:
         every = self._reducer.reduces_every_backward
         return self._reducer.no_sync() if every or not is_last else contextlib.nullcontext()
 
-    def _terms(self, part: Batch) -> tuple[Term, ...]:
+    def _terms(self, index: int, part: Batch) -> tuple[Term, ...]:
         """Call model and loss; without rows the loss is not called, and the output only reaches backward as zero."""
+        if self._random is None:
+            return self._called(part)
+        with self._random.stream(self.step, index * self._comm.size + self._comm.rank):
+            return self._called(part)
+
+    def _called(self, part: Batch) -> tuple[Term, ...]:
+        if not part.rows and not self._always_calls:
+            if not self._mean.agreed:
+                self._mean.agree(None)
+            return ()
         output = part.call(self.module)
         terms = self._rule(output, part.target, part.rows) if part.rows else None
         if not self._mean.agreed:
@@ -387,14 +412,18 @@ class Engine:
 
     def _backward(self, terms: tuple[Term, ...], weights: list[float]) -> None:
         roots = [(term.total, weight) for term, weight in zip(terms, weights, strict=False) if term.total.requires_grad and weight]
-        if not any(term.total.requires_grad for term in terms):
+        if terms and not any(term.total.requires_grad for term in terms):
             raise ConfigError(f"train step {self.step + 1}: the loss does not depend on any trainable parameter. Is it detached, or all frozen?")
         if roots:
             torch.autograd.backward([total for total, _ in roots], [total.new_tensor(weight) for total, weight in roots])
 
     def _finish_gradients(self, factor: float) -> None:
         """Clip as torch.nn.utils.clip_grad_norm_ does; at most one pass writes the gradients, and none where there is nothing to change."""
-        if self._sharding is not None:
+        if self._sharding is not None and self._exact is not None:
+            grads = [piece.grad for piece in self._stepped if piece.grad is not None]
+            count = sum(parameter.numel() for parameter in self._parameters)
+            self._grad_norm = math.sqrt(exact.squared_norm(grads, count, self._sharding.all_reduce)) * factor
+        elif self._sharding is not None:
             self._grad_norm = math.sqrt(self._sharding.sum_over_shards(gradients.squared_norm(self._stepped))) * factor
         elif self._clip_norm is not None:
             self._grad_norm = math.sqrt(gradients.squared_norm(self._stepped)) * factor

@@ -18,7 +18,7 @@ activations.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import Enum
 
 import torch
@@ -40,9 +40,12 @@ class Policy(Enum):
 
 
 class GlobalMean:
-    """The mean loss over the global batch of one train step at a time. Every method is called by every rank, in the same order."""
+    """The mean loss over the global batch of one train step at a time. Every method is called by every rank, in the same order.
 
-    def __init__(self, rule: LossRule, comm: Communicator) -> None:
+    exact: sums over microbatches and ranks are rounded once, so that they do not depend on who ran what.
+    """
+
+    def __init__(self, rule: LossRule, comm: Communicator, exact: bool = False) -> None:
         self._rule = rule
         self._comm = comm
         self._signature = rule.signature
@@ -54,6 +57,8 @@ class GlobalMean:
         self._policy = Policy.AHEAD
         self._single = True
         self._step = 0
+        self._exact = exact
+        self._terms: list[list[float]] = []  # in exact mode, totals and counts of each microbatch
         if self._signature is not None:
             self._sums = self._allocate(self._signature)
 
@@ -72,17 +77,21 @@ class GlobalMean:
         signature = self._signature or ()
         return float(self._sums[len(signature)]) if signature and signature[0][1] else float(self._ahead)
 
-    def begin(self, step: int, count: float, *, single: bool) -> None:
-        """Start a step with this rank's count; `single`: every rank runs one microbatch."""
+    def begin(self, step: int, counts: Sequence[float], *, single: bool) -> None:
+        """Start a step with the counts of this rank's microbatches; `single`: every rank runs one microbatch."""
         self._settle()  # of a step that raised
         self._step = step
         self._single = single
-        self._ahead.fill_(count)
+        self._ahead.fill_(math.fsum(counts))
         self._sums.zero_()
+        self._terms.clear()
         if self._signature is not None:
             self._choose()
         if not self._signature or not all(counted for _, counted in self._signature):
-            self._ahead_work = self._comm.all_reduce(self._ahead, async_op=True)
+            if self._exact:
+                self._ahead.fill_(math.fsum(count for theirs in self._comm.all_gather_object(list(counts)) for count in theirs))
+            else:
+                self._ahead_work = self._comm.all_reduce(self._ahead, async_op=True)
 
     def agree(self, terms: Mapping[str, Term] | None) -> None:
         """Tell all ranks what the terms of the loss are called; a rank that has not called its loss yet passes None.
@@ -107,6 +116,9 @@ class GlobalMean:
                 f"loss: rank {self._comm.rank} returned {describe(signature)} in train step {self._step}, "
                 f"where it was {describe(self._signature or ())} in the first. The terms must stay the same."
             )
+        if self._exact:
+            self._terms.append([float(term.total.detach()) for term in terms.values()] + [term.count or 0.0 for term in terms.values()])
+            return
         for i, term in enumerate(terms.values()):
             self._sums[i] += float(term.total.detach())
             if term.count:
@@ -114,7 +126,12 @@ class GlobalMean:
 
     def reduce(self) -> None:
         """Start the sum over ranks; after every rank's last forward and before any gradient is reduced."""
-        self._sums_work = self._comm.all_reduce(self._sums, async_op=True)
+        if self._exact:
+            columns = zip(*(row for theirs in self._comm.all_gather_object(self._terms) for row in theirs), strict=True)
+            for i, column in enumerate(columns):
+                self._sums[i] = math.fsum(column)
+        else:
+            self._sums_work = self._comm.all_reduce(self._sums, async_op=True)
 
     def weights(self) -> list[float]:
         """Return what the backward of each term is multiplied by; under BETWEEN after `reduce`.

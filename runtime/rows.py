@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,15 @@ def row_range(count: int, rank: int, size: int) -> tuple[int, int]:
     rows, longer = divmod(count, size)
     start = rank * rows + min(rank, longer)
     return start, start + rows + (rank < longer)
+
+
+def row_ranges(count: int, rank: int, size: int, shards: int | None = None) -> list[tuple[int, int]]:
+    """Return the ranges of rows that `rank` of `size` has among `count` if they are cut into `shards`, of which it takes every size-th.
+
+    Without `shards` there are as many as ranks: one range. The ranges' lengths do not increase, and differ by one row at most, so cutting
+    these rows again into as many parts gives the same shards.
+    """
+    return [row_range(count, shard, shards or size) for shard in range(rank, shards or size, size)]
 
 
 def row_count(batch: Any) -> int:
@@ -49,6 +58,22 @@ def take_rows(batch: Any, start: int, stop: int) -> Any:
 
     def cut(part: Any) -> Any:
         return part[start:stop]
+
+    return _map_rows(batch, cut)
+
+
+def take_ranges(batch: Any, ranges: Sequence[tuple[int, int]]) -> Any:
+    """Return the same structure with the rows of all ranges, one behind the other; views of the batch's if there is one range."""
+    if len(ranges) == 1:
+        return take_rows(batch, *ranges[0])
+
+    def cut(part: Any) -> Any:
+        parts = [part[start:stop] for start, stop in ranges]
+        if isinstance(part, torch.Tensor):
+            return torch.cat(parts)
+        if isinstance(part, np.ndarray):
+            return np.concatenate(parts)
+        return type(part)(entry for rows in parts for entry in rows)
 
     return _map_rows(batch, cut)
 

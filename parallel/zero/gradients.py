@@ -15,8 +15,10 @@ from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from ringfold.collectives.errors import ConfigError
+from ringfold.collectives.work import Work
 from ringfold.parallel.bucket import Bucket, Piece, Slot
 from ringfold.parallel.reducer import CONVERTED, Filling, GradientReducer, dense_gradient
+from ringfold.parallel.zero.counter import BinaryCounter
 from ringfold.parallel.zero.group import ShardGroup
 from torch import nn
 
@@ -29,15 +31,25 @@ Cut = tuple[Piece, nn.Parameter]  # a piece, and the parameter that the optimize
 class _Shard(Filling):
     """A bucket of which this rank gets the sum of its range, in `shard`; `buffer` is where it is being filled."""
 
-    __slots__ = ("buffer", "cuts", "earlier", "first_mark", "grads", "held", "is_kept", "memory", "shard", "views", "views_of")
+    __slots__ = ("buffer", "counter", "cuts", "earlier", "first_mark", "grads", "held", "is_kept", "memory", "shard", "views", "views_of")
 
-    def __init__(self, bucket: Bucket, shard: torch.Tensor, kept: torch.Tensor | None, cuts: Sequence[Cut], rank: int, first_mark: int) -> None:
+    def __init__(
+        self,
+        bucket: Bucket,
+        shard: torch.Tensor,
+        kept: torch.Tensor | None,
+        cuts: Sequence[Cut],
+        rank: int,
+        first_mark: int,
+        counter: BinaryCounter | None,
+    ) -> None:
         super().__init__(bucket)
         self.shard = shard
         begin = bucket.range(rank).start
         self.cuts = cuts
         self.grads = [shard[piece.slot.start + piece.start - begin :][: piece.numel] for piece, _ in cuts]
         self.first_mark = first_mark
+        self.counter = counter
         self.is_kept = kept is not None
         self.buffer = kept
         self.memory = kept  # all of the buffer, which may be longer than this bucket
@@ -48,7 +60,10 @@ class _Shard(Filling):
 
 
 class ShardedGradients(GradientReducer[_Shard]):
-    """Sum gradients into shards of 1 / N over `group`; `cuts` are, for each bucket, the pieces that this rank owns."""
+    """Sum gradients into shards of 1 / N over `group`; `cuts` are, for each bucket, the pieces that this rank owns.
+
+    exact: each backward is folded over ranks in pairs at once, and the backwards of a step in a binary counter, until `combine()`.
+    """
 
     def __init__(
         self,
@@ -58,17 +73,19 @@ class ShardedGradients(GradientReducer[_Shard]):
         averaged: bool,
         *,
         accumulates_locally: bool,
+        exact: bool = False,
     ) -> None:
         super().__init__(named_parameters, group.whole, averaged)
         self._group = group
         self._accumulates_locally = accumulates_locally
+        self._exact = exact
         fillings, marks = [], 0
         for bucket, mine in cuts.items():
             # zeros in the gaps too: what is reduced must be a number
             flat = self._comm.empty(bucket.numel, dtype=bucket.dtype, device=bucket.device).zero_() if accumulates_locally else None
             length = bucket.numel // bucket.ranks
             shard = torch.zeros(length, dtype=bucket.dtype, device=bucket.device) if flat is None else flat[bucket.range(group.rank)]
-            fillings.append(_Shard(bucket, shard, flat, mine, group.rank, marks))
+            fillings.append(_Shard(bucket, shard, flat, mine, group.rank, marks, BinaryCounter() if exact else None))
             marks += len(bucket.slots)
         self._free: list[torch.Tensor] = []
         if fillings and not accumulates_locally:
@@ -76,6 +93,7 @@ class ShardedGradients(GradientReducer[_Shard]):
             self._free = [self._comm.empty(nbytes, dtype=torch.uint8, device=device).zero_() for _ in range(BUFFERS)]
         self._mine = torch.zeros(max(1, marks), dtype=torch.int32, device="cpu")  # 1 where this rank has a gradient
         self._used = self._comm.empty(max(1, marks), dtype=torch.int32).zero_()  # 1 where any has
+        self._ever_used = torch.zeros(max(1, marks), dtype=torch.bool, device="cpu")  # in any backward of the step, in exact mode
         self._open(fillings)
 
     @property
@@ -86,6 +104,21 @@ class ShardedGradients(GradientReducer[_Shard]):
     def no_sync(self) -> AbstractContextManager[None]:
         """Accumulate locally (stage 1), or reduce the backwards inside, of which this rank may have none, and add to the shards."""
         return self._unsynchronised() if self._accumulates_locally else self._round()
+
+    def begin_step(self) -> None:
+        """Drop what backwards of a step that failed have left, in exact mode."""
+        self._ever_used.zero_()
+        for filling in self._buckets:
+            filling.counter = BinaryCounter()
+
+    def combine(self) -> None:
+        """Give the pieces the gradients of a whole step, in exact mode; they had none before."""
+        used, self._ever_used = self._ever_used.tolist(), torch.zeros_like(self._ever_used)
+        for filling in self._buckets:
+            assert filling.counter is not None  # narrows the type: exact mode
+            filling.counter.take(filling.shard)
+            for (piece, parameter), grad in zip(filling.cuts, filling.grads, strict=True):
+                parameter.grad = grad if used[filling.first_mark + piece.slot.position] else None
 
     def begin(self) -> None:
         super().begin()
@@ -134,6 +167,11 @@ class ShardedGradients(GradientReducer[_Shard]):
             elif not is_here:
                 filling.views[slot.position].zero_()
             self._mine[filling.first_mark + slot.position] = is_here or slot.parameter.grad is not None
+        if self._exact:
+            for pair in self._group.pairs:
+                pair.all_reduce(flat)
+            filling.work = Work()
+            return
         filling.held = [held or parameter.grad is not None for held, (_, parameter) in zip(filling.held, filling.cuts, strict=True)]
         adds = any(filling.held) and not filling.is_kept
         output = flat[filling.bucket.range(self._group.rank)] if filling.is_kept or adds else filling.shard
@@ -147,6 +185,9 @@ class ShardedGradients(GradientReducer[_Shard]):
             self._settle(filling)
         if flags is not None:
             flags.wait()
+        if self._exact:
+            self._ever_used |= self._used.bool()
+            return
         used = self._used.tolist()
         for filling in self._buckets:
             for (piece, parameter), grad, held in zip(filling.cuts, filling.grads, filling.held, strict=True):
@@ -164,6 +205,10 @@ class ShardedGradients(GradientReducer[_Shard]):
         work.wait()
         buffer = filling.buffer
         assert buffer is not None  # narrows the type
+        if filling.counter is not None:
+            filling.counter.add(buffer[filling.bucket.range(self._group.rank)])
+            self._give_back(filling)
+            return
         adds = any(filling.held) and not filling.is_kept
         total = buffer[filling.bucket.range(self._group.rank)] if adds else filling.shard
         if self._group.replicas is not None:

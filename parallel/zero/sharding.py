@@ -35,6 +35,7 @@ __all__ = ["Sharding"]
 class Sharding:
     """Shard what a model needs beside its parameters over `comm`, or over each `group_size` of its ranks; made by all of them together.
 
+    exact: gradients, and `norm`, are the same bits however many ranks there are (a power of two) and whatever the stage and group.
     Every rank holds the same parameters before (`broadcast_state`). `averaged`: gradients are averages over ranks, else sums.
 
     Raises:
@@ -51,28 +52,35 @@ class Sharding:
         group_size: int | None = None,
         bucket_mb: float = 25.0,
         blocks: Sequence[str] | None = None,
+        exact: bool = False,
     ) -> None:
         self.stage = stage
         named = list(module.named_parameters())
         trained = [(name, parameter) for name, parameter in named if parameter.requires_grad]
         for _, parameter in named:
             parameter.data = parameter.detach().contiguous()  # a piece is then a range of indices, in checkpoints too
-        self._group = ShardGroup(comm, group_size)
+        self._group = ShardGroup(comm, group_size, exact)
         if stage == 3:
             self._parameters: FlatParameters | GatheredParameters = GatheredParameters(module, self._group, blocks)
         else:
             limit, first = int(bucket_mb * 2**20), int(FIRST_BUCKET_MB * 2**20)
             self._parameters = FlatParameters(partition(trained, limit, first_nbytes=first, ranks=self._group.size), self._group)
-        self.gradients = ShardedGradients(named, self._parameters.cuts, self._group, averaged, accumulates_locally=stage == 1)
+        self.gradients = ShardedGradients(
+            named, self._parameters.cuts, self._group, averaged, accumulates_locally=stage == 1 and not exact, exact=exact
+        )
         cuts = self._parameters.all_cuts
         self._slot_of = {id(slot.parameter): (slot, bucket) for bucket in cuts for slot in bucket.slots}
         self._cut_of = {id(piece.slot.parameter): (piece, mine) for each in cuts.values() for piece, mine in each}
         self.pieces = [mine for _, mine in self._cut_of.values()]
 
+    def all_reduce(self, tensor: torch.Tensor, op: str = "sum") -> None:
+        """Fold what each rank has computed of its own pieces over all that share the model, in place."""
+        self._group.shard.all_reduce(tensor, op)
+
     def sum_over_shards(self, value: float) -> float:
         """Return the sum of a number that each rank has computed of its own pieces."""
         total = torch.tensor([value], dtype=torch.float64, device="cpu")
-        self._group.shard.all_reduce(total)
+        self.all_reduce(total)
         return float(total)
 
     def cut(self, optimizer: Optimizer) -> None:
