@@ -1,7 +1,10 @@
 """Precision: what a layout's fp32, bf16, fp16, fp8 or fp64 means in dtypes.
 
-fp32 is what a layout means when it names nothing: parameters and batches keep the dtypes they have. fp64 makes both float64, for checking
-numbers. The others need master weights, and fp16 and fp8 a loss scaler, which this version does not have: they are refused.
+fp32   parameters and batches keep the dtypes they have: what a layout means when it names nothing
+fp64   both become float64, for checking numbers
+bf16   the model computes in bf16, and trains float32 masters of its parameters
+fp16   the same in fp16, with a scaled loss
+fp8    not built
 """
 
 from __future__ import annotations
@@ -13,15 +16,21 @@ from ringfold.collectives.errors import PrecisionError, nearest
 
 __all__ = ["Precision"]
 
-NOT_BUILT = ("bf16", "fp16", "fp8")
+NOT_BUILT = ("fp8",)
 
 
 @dataclass(frozen=True)
 class Precision:
-    """The dtypes of a training run; `cast` is what floating parameters and batch tensors become, None leaves them as they are."""
+    """The dtypes of a training run.
+
+    `cast` is what floating batch tensors become, and in fp64 the parameters that are trained, too; `compute` what parameters are computed
+    with if that is not what is trained. None leaves them as they are.
+    """
 
     name: str
     cast: torch.dtype | None
+    compute: torch.dtype | None = None
+    scales_loss: bool = False
 
     @classmethod
     def named(cls, name: str) -> Precision:
@@ -37,4 +46,9 @@ class Precision:
         raise PrecisionError(f"unknown precision {name!r}, expected {' or '.join(BUILT)}" + (f"; did you mean {meant!r}?" if meant else "."))
 
 
-BUILT = {"fp32": Precision("fp32", None), "fp64": Precision("fp64", torch.float64)}
+BUILT = {
+    "fp32": Precision("fp32", None),
+    "fp64": Precision("fp64", torch.float64),
+    "bf16": Precision("bf16", torch.bfloat16, torch.bfloat16),
+    "fp16": Precision("fp16", torch.float16, torch.float16, scales_loss=True),
+}

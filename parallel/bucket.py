@@ -13,15 +13,16 @@ whoever owns it (tests/parallel/test_zero_optimizer.py).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-__all__ = ["Bucket", "Group", "Piece", "Slot", "partition"]
+__all__ = ["Bucket", "DtypeOf", "Group", "Piece", "Slot", "own_dtype", "partition"]
 
 Group = Sequence[tuple[str, nn.Parameter]]
+DtypeOf = Callable[[str, nn.Parameter], torch.dtype]
 
 ALIGNMENT = 64  # elements
 
@@ -66,9 +67,9 @@ class Piece:
 class Bucket:
     """The layout of a group of parameters of one dtype, in a vector of `numel` elements that `ranks` divides into equal ranges."""
 
-    def __init__(self, group: Group, ranks: int = 1, unlike: Collection[Bucket] = ()) -> None:
-        """Lay out a group; its length will be that of none of `unlike`."""
-        self.dtype, self.device = group[0][1].dtype, group[0][1].device
+    def __init__(self, group: Group, ranks: int = 1, unlike: Collection[Bucket] = (), dtype: torch.dtype | None = None) -> None:
+        """Lay out a group; its length will be that of none of `unlike`, its elements of `dtype` if that is not the parameters' own."""
+        self.dtype, self.device = dtype or group[0][1].dtype, group[0][1].device
         self.ranks = ranks
         self.slots: list[Slot] = []
         end = 0
@@ -98,24 +99,31 @@ class Bucket:
                 yield Piece(slot, start, stop)
 
 
-def partition(named: Group, limit_nbytes: int, *, first_nbytes: int | None = None, ranks: int = 1) -> list[Bucket]:
+def own_dtype(name: str, parameter: nn.Parameter) -> torch.dtype:  # noqa: ARG001  what a policy is asked
+    """Return the dtype that a parameter has."""
+    return parameter.dtype
+
+
+def partition(named: Group, limit_nbytes: int, *, first_nbytes: int | None = None, ranks: int = 1, dtype_of: DtypeOf = own_dtype) -> list[Bucket]:
     """Group parameters, last one first, by dtype and device, into buckets of at most `limit_nbytes`; a larger parameter has its own.
 
-    The first bucket holds at most `first_nbytes`.
+    The first bucket holds at most `first_nbytes`. dtype_of(name, parameter) is the dtype of its elements in the bucket.
     """
-    closed: list[list[tuple[str, nn.Parameter]]] = []
-    filling: dict[tuple[torch.dtype, torch.device], list[tuple[str, nn.Parameter]]] = {}
-    filled_nbytes: dict[tuple[torch.dtype, torch.device], int] = {}
+    closed: list[tuple[torch.dtype, list[tuple[str, nn.Parameter]]]] = []
+    filling: dict[tuple[torch.dtype, torch.dtype, torch.device], list[tuple[str, nn.Parameter]]] = {}
+    filled_nbytes: dict[tuple[torch.dtype, torch.dtype, torch.device], int] = {}
     for name, parameter in reversed(named):
-        kind, nbytes = (parameter.dtype, parameter.device), _aligned(parameter.numel()) * parameter.element_size()
+        dtype = dtype_of(name, parameter)
+        kind, nbytes = (dtype, parameter.dtype, parameter.device), _aligned(parameter.numel()) * dtype.itemsize
         limit = limit_nbytes if closed or first_nbytes is None else min(limit_nbytes, first_nbytes)
         if kind in filling and filled_nbytes[kind] + nbytes > limit:
-            closed.append(filling.pop(kind))
+            closed.append((dtype, filling.pop(kind)))
         if kind not in filling:
             filling[kind], filled_nbytes[kind] = [], 0
         filling[kind].append((name, parameter))
         filled_nbytes[kind] += nbytes
-    return [Bucket(group, ranks) for group in (*closed, *filling.values())]
+    closed += [(dtype, group) for (dtype, _, _), group in filling.items()]
+    return [Bucket(group, ranks, dtype=dtype) for dtype, group in closed]
 
 
 def _aligned(count: int) -> int:

@@ -22,8 +22,11 @@ from typing import Any
 
 import torch
 from ringfold.collectives.errors import ConfigError
+from ringfold.mixed_precision.casting import Casting, to_dtype
+from ringfold.mixed_precision.loss_scaler import LossScaler
 from ringfold.mixed_precision.precision import Precision
 from ringfold.parallel.batch_norm import synchronise_batch_norm
+from ringfold.parallel.bucket import own_dtype
 from ringfold.parallel.buckets import GradientBuckets
 from ringfold.parallel.data_parallel import broadcast_state
 from ringfold.parallel.mesh import DeviceMesh
@@ -77,6 +80,8 @@ class Engine:
         bucket_mb: float = 25.0,
         blocks: Sequence[str] | None = None,
         offload_activations: bool = False,
+        keep_float32: Sequence[str] = (),
+        reduce_dtype: torch.dtype | None = None,
     ) -> None:
         mesh.layout.require_built()
         if clip_norm is not None and not clip_norm > 0:
@@ -85,7 +90,9 @@ class Engine:
             raise ConfigError("metrics: the name 'loss' is taken by the loss itself.")
         self.mesh = mesh
         self._comm = mesh["dp"]
-        self._cast = Precision.named(mesh.layout.precision).cast
+        precision = Precision.named(mesh.layout.precision)
+        self._cast = precision.cast
+        self._scaler = LossScaler() if precision.scales_loss else None
         self._exact = mesh.layout.exact
         self._micro = mesh.layout.micro if self._exact is None else self._exact // self._comm.size
         self._rule = loss_rule(loss)
@@ -95,20 +102,21 @@ class Engine:
         built = model if isinstance(model, nn.Module) else model()
         if not isinstance(built, nn.Module):
             raise ConfigError(f"model: {name_of(model)} returned {type(built).__name__}, expected a torch.nn.Module.")
-        self.module = built.to(mesh.device, self._cast)
+        self.module = built.to(mesh.device, None if precision.compute else precision.cast)
         broadcast_state(self.module, self._comm)
         if self._exact is not None:
             require_no_batch_norm(self.module)
         elif sync_batch_norm:
             synchronise_batch_norm(self.module, self._comm)
+        self._casting = Casting(self.module, precision.compute, keep_float32) if precision.compute else None
         self._random = ShardRandom(self._comm.broadcast_object(torch.initial_seed()), mesh.device) if self._exact is not None else None
         offload = HostOffload.of_gpu(mesh.device) if offload_activations else None
         self.recomputation = Recomputation(self.module, mesh.layout, self._comm, blocks=blocks, offload=offload)
         self._parameters = list(self.module.parameters())
         self._sharding: Sharding | None = None
         self._reducer: GradientReducer[Any]
-        if mesh.layout.zero or self._exact is not None:
-            # Exact mode has one way to sum. Without zero every rank is a group of its own, which shares nothing with the others.
+        if mesh.layout.zero or self._exact is not None or self._casting is not None:
+            # Exact sums and master copies are those of shards. Without zero every rank is a group of its own, which shares nothing with others.
             self._sharding = Sharding(
                 self.module,
                 self._comm,
@@ -118,6 +126,8 @@ class Engine:
                 bucket_mb=bucket_mb,
                 blocks=blocks,
                 exact=self._exact is not None,
+                dtype_of=own_dtype if self._casting is None else self._casting.dtype_of,
+                reduce_dtype=torch.float32 if self._exact is not None else reduce_dtype,
             )
             self.recomputation.before_recompute = self._sharding.gather
             self._reducer = self._sharding.gradients
@@ -156,10 +166,10 @@ class Engine:
             parameter.grad = None
         self._grad_norm = None
         loss, factor = self._forward_backward(parts)
-        self._finish_gradients(factor)
-        self.optimizer.step()
-        if self.scheduler is not None:
-            self.scheduler.step()
+        if self._finish_gradients(factor):
+            self.optimizer.step()
+            if self.scheduler is not None:
+                self.scheduler.step()
         self.recomputation.finish_step()
         self.step += 1
         self.mesh.world.page.set_progress(self.step)
@@ -174,7 +184,7 @@ class Engine:
     def evaluate(self, batches: Iterable[Any]) -> dict[str, float]:
         """Return the global means of the loss and of every metric over all rows of several global batches, in evaluation mode."""
         prepared = (Batch.of(batch).to(self.mesh.device, self._cast) for batch in batches)
-        return evaluate(self.module, prepared, self._rule, self._metrics, self._comm, always_calls=self._shards_parameters)
+        return evaluate(self._output, self.module, prepared, self._rule, self._metrics, self._comm, always_calls=self._shards_parameters)
 
     def gather_metric(self, rows: Tensor) -> Tensor:
         """Return the rows of all ranks in rank order, which is the order of the global batch; a 0-dim tensor is one row.
@@ -216,8 +226,11 @@ class Engine:
     def state_dict(self) -> dict[str, Any]:
         """Return the full model under its own names on rank 0, and an empty dict elsewhere.
 
-        Tensors are the model's own, as torch's are; under zero3 they are copies.
+        Tensors are the model's own, as torch's are; under zero3, and in bf16 and fp16, where they are float32, they are copies.
         """
+        if self._sharding is not None and self._sharding.has_masters:
+            trained = {name: self._sharding.value(p) for name, p in self.module.named_parameters(remove_duplicate=False)}
+            return {name: trained.get(name, value) for name, value in self.module.state_dict().items()} if self.mesh.rank == 0 else {}
         with self.whole_parameters():
             state = dict(self.module.state_dict()) if self.mesh.rank == 0 else {}
             if self._shards_parameters:
@@ -231,6 +244,8 @@ class Engine:
         """
         with self.whole_parameters(write=True):
             self.module.load_state_dict(state)
+        if self._sharding is not None and self._sharding.has_masters:
+            self._sharding.assign({parameter: state[name] for name, parameter in self.module.named_parameters()})
 
     def whole_parameters(self, *, write: bool = False) -> contextlib.AbstractContextManager[None]:
         """Return a context in which `module` has all its parameters whole on every rank: under zero3 the only time outside its own forward.
@@ -261,6 +276,7 @@ class Engine:
         extra = {
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "data": [data.state_dict() for data in self._shards],
+            "loss_scale": None if self._scaler is None else self._scaler.state_dict(),
             "shard_seed": None if self._random is None else self._random.seed,
             "random": self.mesh.world.all_gather_object(checkpoint.random_state()),
         }
@@ -285,8 +301,8 @@ class Engine:
         Raises: Incomplete, Corrupt, or Incompatible (with all differences, before anything is changed).
         """
         found = checkpoint.load(directory, comm=self.mesh.world)
-        wanted = self._model_state(all_buffers=True) if self._shards_parameters else self.module
-        found.restore(wanted, self.optimizer, self._named_pieces())
+        wanted = self._model_state(all_buffers=True) if self._in_pieces else self.module
+        found.restore(wanted, self.optimizer, self._named_pieces(), cast=True)
         if self._sharding is not None:
             self._sharding.publish()
         extra = found.extra()
@@ -295,6 +311,8 @@ class Engine:
         self._positions = list(extra["data"])
         for data in self._shards[: len(self._positions)]:
             data.load_state_dict(self._positions.pop(0))
+        if self._scaler is not None and extra.get("loss_scale") is not None:
+            self._scaler.load_state_dict(extra["loss_scale"])
         if self._random is not None and extra.get("shard_seed") is not None:
             self._random.seed = extra["shard_seed"]
         if len(extra["random"]) == self.mesh.size:
@@ -311,6 +329,8 @@ class Engine:
         if self._sharding is not None:
             self._sharding.close()
         self.recomputation.close()
+        if self._casting is not None:
+            self._casting.close()
         if "_saver" in vars(self):
             self._saver.close()
 
@@ -321,6 +341,11 @@ class Engine:
         kept = [] if self._shards_parameters else [(name, p) for name, p in self.module.named_parameters() if not p.requires_grad]
         return [*kept, *((name, checkpoint.Piece(piece, start, shape)) for name, piece, start, shape in self._sharding.named_pieces())]
 
+    @property
+    def _in_pieces(self) -> bool:
+        """Whether what is trained is not in the module's own parameters, but in pieces."""
+        return self._shards_parameters or (self._sharding is not None and self._sharding.has_masters)
+
     def _model_state(self, all_buffers: bool = False) -> dict[str, Any]:
         """Return what this rank saves of the model's state, and what it wants of a saved one: all of it, or pieces of sharded parameters.
 
@@ -329,16 +354,17 @@ class Engine:
         """
         parameters = dict(self.module.named_parameters(remove_duplicate=False))
         state = self.module.state_dict()
-        if not self._shards_parameters:
+        if not self._in_pieces:
             return {name: value for name, value in state.items() if all_buffers or self.mesh.rank == 0 or name in parameters}
         assert self._sharding is not None  # narrows the type
         mine = {id(self.module.get_parameter(name)): (piece, start) for name, piece, start, _ in self._sharding.named_pieces()}
         found: dict[str, Any] = {}
         for name, value in state.items():
-            if name in parameters:
-                piece, start = mine.get(id(parameters[name]), (value.new_empty(0), 0))
+            if name in parameters and (self._shards_parameters or parameters[name].requires_grad):
+                nothing = torch.empty(0, dtype=self._sharding.trained_dtype(parameters[name]), device=value.device)
+                piece, start = mine.get(id(parameters[name]), (nothing, 0))
                 found[name] = checkpoint.TensorPart(piece.detach(), tuple(value.shape), start)
-            elif all_buffers or self.mesh.rank == 0:
+            elif all_buffers or self.mesh.rank == 0 or name in parameters:
                 found[name] = value
         return found
 
@@ -401,7 +427,7 @@ class Engine:
             if not self._mean.agreed:
                 self._mean.agree(None)
             return ()
-        output = part.call(self.module)
+        output = self._output(part)
         terms = self._rule(output, part.target, part.rows) if part.rows else None
         if not self._mean.agreed:
             self._mean.agree(terms)
@@ -410,15 +436,26 @@ class Engine:
         self._mean.add(terms)
         return tuple(terms.values())
 
+    def _output(self, part: Batch) -> Any:
+        """Call the model; what it computed in 16 bits goes to the loss in 32."""
+        output = part.call(self.module)
+        return output if self._casting is None else to_dtype(output, torch.float32)
+
     def _backward(self, terms: tuple[Term, ...], weights: list[float]) -> None:
         roots = [(term.total, weight) for term, weight in zip(terms, weights, strict=False) if term.total.requires_grad and weight]
         if terms and not any(term.total.requires_grad for term in terms):
             raise ConfigError(f"train step {self.step + 1}: the loss does not depend on any trainable parameter. Is it detached, or all frozen?")
+        scale = 1.0 if self._scaler is None else self._scaler.scale
         if roots:
-            torch.autograd.backward([total for total, _ in roots], [total.new_tensor(weight) for total, weight in roots])
+            torch.autograd.backward([total for total, _ in roots], [total.new_tensor(weight * scale) for total, weight in roots])
 
-    def _finish_gradients(self, factor: float) -> None:
-        """Clip as torch.nn.utils.clip_grad_norm_ does; at most one pass writes the gradients, and none where there is nothing to change."""
+    def _finish_gradients(self, factor: float) -> bool:
+        """Clip as torch.nn.utils.clip_grad_norm_ does; at most one pass writes the gradients, and none where there is nothing to change.
+
+        Return whether the step is to be taken: with a scaled loss, if the gradient is finite.
+        """
+        if self._scaler is not None:
+            factor /= self._scaler.scale
         if self._sharding is not None and self._exact is not None:
             grads = [piece.grad for piece in self._stepped if piece.grad is not None]
             count = sum(parameter.numel() for parameter in self._parameters)
@@ -427,12 +464,33 @@ class Engine:
             self._grad_norm = math.sqrt(self._sharding.sum_over_shards(gradients.squared_norm(self._stepped))) * factor
         elif self._clip_norm is not None:
             self._grad_norm = math.sqrt(gradients.squared_norm(self._stepped)) * factor
+        if self._scaler is not None and self._grad_norm is not None:  # the same on all ranks, and so is what follows
+            self._scaler.update(not math.isfinite(self._grad_norm), self._not_finite)
+            if not math.isfinite(self._grad_norm):
+                return False
         if self._clip_norm is not None and self._grad_norm is not None:
             clip = self._clip_norm / (self._grad_norm + 1e-6)
             if not clip >= 1.0:
                 factor *= clip
         if factor != 1.0:
             gradients.scale(self._stepped, factor)
+        return True
+
+    def _not_finite(self) -> str:
+        """Return the name of the first parameter whose gradient is not finite; collective."""
+        assert self._sharding is not None  # narrows the type: where the loss is scaled, masters are
+        mine = {name for name, piece, _, _ in self._sharding.named_pieces() if piece.grad is not None and not piece.grad.isfinite().all()}
+        found = set().union(*self._comm.all_gather_object(sorted(mine)))
+        return next((name for name, _ in self.module.named_parameters() if name in found), "no parameter")
+
+    @property
+    def loss_scale(self) -> float:
+        """What the next step's loss is multiplied by, 1 but in fp16; `skipped_steps` counts those whose gradients were not finite."""
+        return 1.0 if self._scaler is None else self._scaler.scale
+
+    @property
+    def skipped_steps(self) -> int:
+        return 0 if self._scaler is None else self._scaler.skipped
 
     def _make_optimizer(self, factory: Callable[[list[nn.Parameter]], Optimizer]) -> Optimizer:
         optimizer = factory(list(self._parameters))

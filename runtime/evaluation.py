@@ -26,11 +26,18 @@ Metric = Callable[[Any, Any], Any]
 
 @torch.no_grad()
 def evaluate(
-    module: nn.Module, batches: Iterable[Batch], rule: LossRule, metrics: Mapping[str, Metric], comm: Communicator, *, always_calls: bool = False
+    call: Callable[[Batch], Any],
+    module: nn.Module,
+    batches: Iterable[Batch],
+    rule: LossRule,
+    metrics: Mapping[str, Metric],
+    comm: Communicator,
+    *,
+    always_calls: bool = False,
 ) -> dict[str, float]:
     """Return "loss", each term of it by name if it has several, and each metric; the same on every rank.
 
-    always_calls: the model is collective, so it is called without rows, too.
+    call(batch) gives the output of the model, which is `module`. always_calls: the model is collective, so it is called without rows, too.
 
     Raises: ConfigError on every rank if all batches together have no valid target.
     """
@@ -39,9 +46,9 @@ def evaluate(
         for batch in batches:
             if not batch.rows:
                 if always_calls:
-                    batch.call(module)
+                    call(batch)
                 continue
-            output = batch.call(module)
+            output = call(batch)
             ahead = rule.count_ahead(batch.target, batch.rows)
             for name, term in rule(output, batch.target, batch.rows).items():
                 _add(sums["term", name], float(term.total), ahead if term.count is None else term.count)

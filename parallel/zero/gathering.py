@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from ringfold.collectives.errors import ConfigError
 from ringfold.parallel.blocks import NO_BLOCK, find_blocks, parameters_by_block
-from ringfold.parallel.bucket import Bucket
+from ringfold.parallel.bucket import Bucket, DtypeOf, own_dtype
+from ringfold.parallel.zero.cuts import Cuts
 from ringfold.parallel.zero.group import ShardGroup
 from ringfold.parallel.zero.units import Unit
 from torch import nn
@@ -32,24 +33,23 @@ SLOTS = 2  # the block that runs, and the one that comes next
 
 
 class GatheredParameters:
-    """Move the parameters of a module into shards over `group`; `cuts` are then the trained pieces of this rank, in the order of backward."""
+    """Move the parameters of a module into shards over `group`; `cuts` are then the pieces of this rank, in the order of backward."""
 
-    def __init__(self, module: nn.Module, group: ShardGroup, blocks: Sequence[str] | None = None) -> None:
+    def __init__(self, module: nn.Module, group: ShardGroup, blocks: Sequence[str] | None = None, dtype_of: DtypeOf = own_dtype) -> None:
         self._module = module
         self._group = group
         found = find_blocks(module, blocks)
         buckets: list[Bucket] = []
         self._units: list[Unit] = []
         self._unit_of: dict[nn.Module, Unit] = {}
-        for name, named in parameters_by_block(module, found).items():
+        self.cuts = Cuts()
+        for name, named in reversed(parameters_by_block(module, found).items()):
             if named:
-                unit = Unit(name, named, group, buckets)
+                unit = Unit(name, named, group, buckets, self.cuts, dtype_of)
                 buckets += unit.buckets
                 self._units.append(unit)
                 self._unit_of[module if name == NO_BLOCK else found[name]] = unit
         self._common = self._unit_of.get(module)
-        self.all_cuts = {bucket: cuts for unit in reversed(self._units) for bucket, cuts in unit.cuts.items()}
-        self.cuts = {bucket: cuts for bucket, cuts in self.all_cuts.items() if bucket.slots[0].parameter.requires_grad}
         device = next(module.parameters()).device
         largest = max((unit.nbytes for unit in self._units if unit is not self._common), default=0)
         count = min(SLOTS, sum(unit is not self._common for unit in self._units))
@@ -88,6 +88,7 @@ class GatheredParameters:
                 f"parameters have left the memory that ZeRO keeps them in: {', '.join(moved)}. Assigning to `.data`, or moving or converting the "
                 "model, does that. Change them inside `gathered(write=True)`, or before the model is sharded."
             )
+        self.cuts.write_back()
         self._forget()
 
     @contextmanager

@@ -16,16 +16,16 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from ringfold.collectives.errors import ConfigError
 from ringfold.collectives.work import Work
-from ringfold.parallel.bucket import Bucket, Piece, Slot
+from ringfold.parallel.bucket import Bucket, Slot
 from ringfold.parallel.reducer import CONVERTED, Filling, GradientReducer, dense_gradient
 from ringfold.parallel.zero.counter import BinaryCounter
+from ringfold.parallel.zero.cuts import Cut
 from ringfold.parallel.zero.group import ShardGroup
 from torch import nn
 
-__all__ = ["Cut", "ShardedGradients"]
+__all__ = ["ShardedGradients"]
 
 BUFFERS = 2  # one that is being filled, and one that is being reduced
-Cut = tuple[Piece, nn.Parameter]  # a piece, and the parameter that the optimizer has for it
 
 
 class _Shard(Filling):
@@ -62,7 +62,8 @@ class _Shard(Filling):
 class ShardedGradients(GradientReducer[_Shard]):
     """Sum gradients into shards of 1 / N over `group`; `cuts` are, for each bucket, the pieces that this rank owns.
 
-    exact: each backward is folded over ranks in pairs at once, and the backwards of a step in a binary counter, until `combine()`.
+    Gradients are reduced in the dtype of their buckets, those of 16 bits in `reduce_dtype` if that is given, and shards have the dtype of
+    what is trained. exact: each backward is folded over ranks in pairs at once, and the backwards of a step in a binary counter, until `combine()`.
     """
 
     def __init__(
@@ -74,22 +75,26 @@ class ShardedGradients(GradientReducer[_Shard]):
         *,
         accumulates_locally: bool,
         exact: bool = False,
+        reduce_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(named_parameters, group.whole, averaged)
         self._group = group
         self._accumulates_locally = accumulates_locally
         self._exact = exact
+        self._reduce_dtype = reduce_dtype
         fillings, marks = [], 0
         for bucket, mine in cuts.items():
             # zeros in the gaps too: what is reduced must be a number
             flat = self._comm.empty(bucket.numel, dtype=bucket.dtype, device=bucket.device).zero_() if accumulates_locally else None
+            trained = mine[0][1].dtype if mine else bucket.dtype
             length = bucket.numel // bucket.ranks
-            shard = torch.zeros(length, dtype=bucket.dtype, device=bucket.device) if flat is None else flat[bucket.range(group.rank)]
+            shard = torch.zeros(length, dtype=trained, device=bucket.device) if flat is None else flat[bucket.range(group.rank)]
             fillings.append(_Shard(bucket, shard, flat, mine, group.rank, marks, BinaryCounter() if exact else None))
             marks += len(bucket.slots)
         self._free: list[torch.Tensor] = []
         if fillings and not accumulates_locally:
-            nbytes, device = max(bucket.nbytes for bucket in cuts), next(iter(cuts)).device
+            nbytes = max(bucket.numel * self._dtype_of(bucket).itemsize for bucket in cuts)
+            device = next(iter(cuts)).device
             self._free = [self._comm.empty(nbytes, dtype=torch.uint8, device=device).zero_() for _ in range(BUFFERS)]
         self._mine = torch.zeros(max(1, marks), dtype=torch.int32, device="cpu")  # 1 where this rank has a gradient
         self._used = self._comm.empty(max(1, marks), dtype=torch.int32).zero_()  # 1 where any has
@@ -139,6 +144,10 @@ class ShardedGradients(GradientReducer[_Shard]):
         yield
         self.finish()
 
+    def _dtype_of(self, bucket: Bucket) -> torch.dtype:
+        """Return the dtype in which a bucket is reduced."""
+        return self._reduce_dtype if self._reduce_dtype is not None and bucket.dtype.itemsize == 2 else bucket.dtype
+
     def _take(self, filling: _Shard, slot: Slot) -> None:
         if filling.buffer is None:
             if filling is not self._buckets[self._launched]:
@@ -173,8 +182,8 @@ class ShardedGradients(GradientReducer[_Shard]):
             filling.work = Work()
             return
         filling.held = [held or parameter.grad is not None for held, (_, parameter) in zip(filling.held, filling.cuts, strict=True)]
-        adds = any(filling.held) and not filling.is_kept
-        output = flat[filling.bucket.range(self._group.rank)] if filling.is_kept or adds else filling.shard
+        is_direct = not any(filling.held) and flat.dtype == filling.shard.dtype
+        output = filling.shard if is_direct else flat[filling.bucket.range(self._group.rank)]  # which are one where the buffer is kept
         filling.work = self._group.shard.reduce_scatter(output, flat, "avg" if self._averaged else "sum", async_op=True)
 
     def _complete(self) -> Iterator[None]:
@@ -206,11 +215,12 @@ class ShardedGradients(GradientReducer[_Shard]):
         buffer = filling.buffer
         assert buffer is not None  # narrows the type
         if filling.counter is not None:
-            filling.counter.add(buffer[filling.bucket.range(self._group.rank)])
+            filling.counter.add(buffer[filling.bucket.range(self._group.rank)].to(filling.shard.dtype))
             self._give_back(filling)
             return
         adds = any(filling.held) and not filling.is_kept
-        total = buffer[filling.bucket.range(self._group.rank)] if adds else filling.shard
+        is_direct = not any(filling.held) and buffer.dtype == filling.shard.dtype
+        total = filling.shard if is_direct else buffer[filling.bucket.range(self._group.rank)]
         if self._group.replicas is not None:
             self._group.replicas.all_reduce(total, "avg" if self._averaged else "sum")
         if filling.is_kept and filling.earlier is not None:
@@ -223,6 +233,8 @@ class ShardedGradients(GradientReducer[_Shard]):
                 elif parameter.grad is not None and parameter.grad.data_ptr() != grad.data_ptr():
                     grad.copy_(parameter.grad)  # the user's own tensor
             filling.shard.add_(total)
+        elif not is_direct and not filling.is_kept:
+            filling.shard.copy_(total)
         self._give_back(filling)
 
     def _put_aside(self, filling: _Shard) -> None:
@@ -242,7 +254,7 @@ class ShardedGradients(GradientReducer[_Shard]):
         if not self._free:
             self._settle(next(sent for sent in self._buckets if sent.work is not None))
         filling.memory = memory = self._free.pop()
-        filling.buffer = memory.view(filling.bucket.dtype)[: filling.bucket.numel]
+        filling.buffer = memory.view(self._dtype_of(filling.bucket))[: filling.bucket.numel]
         views = filling.views_of.get(memory.data_ptr())
         if views is None:
             views = filling.views_of[memory.data_ptr()] = [slot.view(filling.buffer) for slot in filling.bucket.slots]

@@ -10,9 +10,8 @@ from collections.abc import Sequence
 import torch
 from ringfold.collectives.errors import ConfigError
 from ringfold.parallel.bucket import Bucket
-from ringfold.parallel.zero.gradients import Cut
+from ringfold.parallel.zero.cuts import Cuts
 from ringfold.parallel.zero.group import ShardGroup
-from torch import nn
 
 __all__ = ["FlatParameters"]
 
@@ -26,20 +25,15 @@ class FlatParameters:
     def __init__(self, buckets: Sequence[Bucket], group: ShardGroup) -> None:
         self._group = group
         self._flats: list[tuple[Bucket, torch.Tensor]] = []
-        self.cuts: dict[Bucket, list[Cut]] = {}
+        self.cuts = Cuts()
         for bucket in buckets:
             flat = group.whole.empty(bucket.numel, dtype=bucket.dtype, device=bucket.device).zero_()
             for slot in bucket.slots:
-                view = slot.view(flat)
-                view.copy_(slot.parameter.detach())
-                slot.parameter.data = view
+                slot.view(flat).copy_(slot.parameter.detach())
+            self.cuts.add(bucket, group.rank, flat[bucket.range(group.rank)])
+            for slot in bucket.slots:
+                slot.parameter.data = slot.view(flat)
             self._flats.append((bucket, flat))
-            self.cuts[bucket] = [(piece, nn.Parameter(piece.of(flat))) for piece in bucket.pieces(group.rank)]
-
-    @property
-    def all_cuts(self) -> dict[Bucket, list[Cut]]:
-        """The pieces of frozen parameters, too, of which there are none here."""
-        return self.cuts
 
     def publish(self) -> None:
         """Give every rank what the others' optimizers have written.
@@ -58,6 +52,7 @@ class FlatParameters:
                 f"parameters have left the memory that ZeRO keeps them in: {', '.join(moved)}. Assigning to `.data`, or moving or converting the "
                 "model, does that. Change them in place, or before the model is sharded."
             )
+        self.cuts.write_back()
         comm = self._group.shard
         works = [comm.all_gather(flat, flat[bucket.range(comm.rank)], async_op=True) for bucket, flat in reversed(self._flats)]
         for work in works:

@@ -14,12 +14,12 @@ shares its memory with the parameter's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from ringfold.collectives.communicator import Communicator
-from ringfold.parallel.bucket import partition
+from ringfold.parallel.bucket import DtypeOf, own_dtype, partition
 from ringfold.parallel.buckets import FIRST_BUCKET_MB
 from ringfold.parallel.zero import optimizer as zero_optimizer
 from ringfold.parallel.zero.gathering import GatheredParameters
@@ -35,6 +35,8 @@ __all__ = ["Sharding"]
 class Sharding:
     """Shard what a model needs beside its parameters over `comm`, or over each `group_size` of its ranks; made by all of them together.
 
+    dtype_of: in which precision each parameter is computed with; where that is not its own, what is trained is a master copy of the piece.
+    reduce_dtype: in which gradients of 16 bits are summed over ranks, their own by default.
     exact: gradients, and `norm`, are the same bits however many ranks there are (a power of two) and whatever the stage and group.
     Every rank holds the same parameters before (`broadcast_state`). `averaged`: gradients are averages over ranks, else sums.
 
@@ -53,24 +55,35 @@ class Sharding:
         bucket_mb: float = 25.0,
         blocks: Sequence[str] | None = None,
         exact: bool = False,
+        dtype_of: DtypeOf = own_dtype,
+        reduce_dtype: torch.dtype | None = None,
     ) -> None:
         self.stage = stage
         named = list(module.named_parameters())
         trained = [(name, parameter) for name, parameter in named if parameter.requires_grad]
-        for _, parameter in named:
+        self._trained_dtypes = {id(parameter): parameter.dtype for _, parameter in named}
+        for name, parameter in named:
             parameter.data = parameter.detach().contiguous()  # a piece is then a range of indices, in checkpoints too
+            if stage < 3 and not parameter.requires_grad:
+                parameter.data = parameter.detach().to(dtype_of(name, parameter))
         self._group = ShardGroup(comm, group_size, exact)
         if stage == 3:
-            self._parameters: FlatParameters | GatheredParameters = GatheredParameters(module, self._group, blocks)
+            self._parameters: FlatParameters | GatheredParameters = GatheredParameters(module, self._group, blocks, dtype_of)
         else:
             limit, first = int(bucket_mb * 2**20), int(FIRST_BUCKET_MB * 2**20)
-            self._parameters = FlatParameters(partition(trained, limit, first_nbytes=first, ranks=self._group.size), self._group)
+            self._parameters = FlatParameters(partition(trained, limit, first_nbytes=first, ranks=self._group.size, dtype_of=dtype_of), self._group)
+        cuts = self._parameters.cuts
         self.gradients = ShardedGradients(
-            named, self._parameters.cuts, self._group, averaged, accumulates_locally=stage == 1 and not exact, exact=exact
+            named,
+            {bucket: mine for bucket, mine in cuts.of.items() if bucket.slots[0].parameter.requires_grad},
+            self._group,
+            averaged,
+            accumulates_locally=stage == 1 and not exact and not cuts.have_masters,
+            exact=exact,
+            reduce_dtype=reduce_dtype,
         )
-        cuts = self._parameters.all_cuts
-        self._slot_of = {id(slot.parameter): (slot, bucket) for bucket in cuts for slot in bucket.slots}
-        self._cut_of = {id(piece.slot.parameter): (piece, mine) for each in cuts.values() for piece, mine in each}
+        self._slot_of = {id(slot.parameter): (slot, bucket) for bucket in cuts.of for slot in bucket.slots}
+        self._cut_of = {id(piece.slot.parameter): (piece, mine) for each in cuts.of.values() for piece, mine in each}
         self.pieces = [mine for _, mine in self._cut_of.values()]
 
     def all_reduce(self, tensor: torch.Tensor, op: str = "sum") -> None:
@@ -95,6 +108,15 @@ class Sharding:
         zero_optimizer.cut(optimizer, {**whole, **nothing, **mine})
         optimizer.register_step_post_hook(lambda *_: self.publish())
 
+    @property
+    def has_masters(self) -> bool:
+        """Whether what is trained is not what is computed with."""
+        return self._parameters.cuts.have_masters
+
+    def trained_dtype(self, parameter: nn.Parameter) -> torch.dtype:
+        """Return the dtype of a parameter's pieces, on ranks that have none of it, too."""
+        return self._trained_dtypes[id(parameter)]
+
     def publish(self) -> None:
         """Let every rank see what has changed in the pieces of any.
 
@@ -107,12 +129,32 @@ class Sharding:
         """Return a parameter's whole gradient as the optimizer sees it, in new memory, or None if no rank used it; collective."""
         if not parameter.requires_grad:
             return None
+        return self._gathered(parameter, lambda piece: piece.grad)
+
+    def value(self, parameter: nn.Parameter) -> torch.Tensor:
+        """Return a parameter's whole values as they are trained, in new memory; collective."""
+        found = self._gathered(parameter, lambda piece: piece)
+        return parameter.detach().clone() if found is None else found
+
+    def assign(self, values: Mapping[nn.Parameter, torch.Tensor]) -> None:
+        """Train on from these whole values, the same on all ranks; collective."""
+        for parameter, value in values.items():
+            if id(parameter) in self._cut_of:
+                piece, mine = self._cut_of[id(parameter)]
+                mine.detach().copy_(value.reshape(-1)[piece.start : piece.stop])
+        self.publish()
+
+    def _gathered(self, parameter: nn.Parameter, of_piece: Callable[[nn.Parameter], torch.Tensor | None]) -> torch.Tensor | None:
+        """Put together what each rank has for its piece of a parameter; None if it is None everywhere, or the parameter is not cut."""
+        if id(parameter) not in self._slot_of:
+            return None
         slot, bucket = self._slot_of[id(parameter)]
-        gathered = torch.zeros(slot.numel + 1, dtype=bucket.dtype, device=bucket.device)  # and whether there is one
+        gathered = torch.zeros(slot.numel + 1, dtype=self._trained_dtypes[id(parameter)], device=bucket.device)  # and whether there is anything
         if id(parameter) in self._cut_of:
             piece, mine = self._cut_of[id(parameter)]
-            if mine.grad is not None:
-                gathered[piece.start : piece.stop] = mine.grad
+            values = of_piece(mine)
+            if values is not None:
+                gathered[piece.start : piece.stop] = values.detach()
                 gathered[-1] = 1.0
         self._group.shard.all_reduce(gathered)
         return gathered[:-1].as_strided(slot.shape, slot.strides) if gathered[-1] else None

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from ringfold.collectives.work import Work
-from ringfold.parallel.bucket import Bucket
-from ringfold.parallel.zero.gradients import Cut
+from ringfold.parallel.bucket import Bucket, DtypeOf
+from ringfold.parallel.zero.cuts import Cuts
 from ringfold.parallel.zero.group import ShardGroup
 from torch import nn
 
@@ -25,17 +25,20 @@ Named = Sequence[tuple[str, nn.Parameter]]
 
 
 class Unit:
-    """The parameters of `named`, in one bucket for each dtype, trained and frozen apart; none of the buckets is as long as one of `others`."""
+    """The parameters of `named`, in one bucket for each dtype, trained and frozen apart; none of the buckets is as long as one of `others`.
 
-    def __init__(self, name: str, named: Named, group: ShardGroup, others: Sequence[Bucket]) -> None:
+    What this rank owns of them is added to `cuts`.
+    """
+
+    def __init__(self, name: str, named: Named, group: ShardGroup, others: Sequence[Bucket], cuts: Cuts, dtype_of: DtypeOf) -> None:
         self.name = name
         self._group = group
-        kinds: dict[tuple[torch.dtype, bool], list[tuple[str, nn.Parameter]]] = {}
+        kinds: dict[tuple[torch.dtype, torch.dtype, bool], list[tuple[str, nn.Parameter]]] = {}
         for pair in reversed(named):
-            kinds.setdefault((pair[1].dtype, pair[1].requires_grad), []).append(pair)
+            kinds.setdefault((dtype_of(*pair), pair[1].dtype, pair[1].requires_grad), []).append(pair)
         self.buckets: list[Bucket] = []
-        for members in kinds.values():
-            self.buckets.append(Bucket(members, group.size, [*others, *self.buckets]))
+        for (dtype, _, _), members in kinds.items():
+            self.buckets.append(Bucket(members, group.size, [*others, *self.buckets], dtype))
         self.nbytes = sum(bucket.nbytes for bucket in self.buckets)
         self.memory: torch.Tensor | None = None  # bytes, in which this unit's parameters are, or are arriving
         self.is_shown = False
@@ -45,7 +48,6 @@ class Unit:
         self._works: list[Work] = []
         self._shards: list[torch.Tensor] = []
         self._absent: list[torch.Tensor] = []
-        self.cuts: dict[Bucket, list[Cut]] = {}
         for bucket in self.buckets:
             whole = torch.zeros(bucket.numel, dtype=bucket.dtype, device=bucket.device)
             for slot in bucket.slots:
@@ -54,14 +56,7 @@ class Unit:
             shard = group.whole.empty(bucket.numel // group.size, dtype=bucket.dtype, device=bucket.device)
             shard.copy_(whole[bucket.range(group.rank)])
             self._shards.append(shard)
-            begin = bucket.range(group.rank).start
-            self.cuts[bucket] = [
-                (
-                    piece,
-                    nn.Parameter(shard[piece.slot.start + piece.start - begin :][: piece.numel], requires_grad=piece.slot.parameter.requires_grad),
-                )
-                for piece in bucket.pieces(group.rank)
-            ]
+            cuts.add(bucket, group.rank, shard)
         self.hide()
 
     @property
