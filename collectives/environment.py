@@ -38,6 +38,7 @@ STREAMS = "RINGFOLD_STREAMS"  # TCP connections that share a large message to an
 DEVICE = "RINGFOLD_DEVICE"  # where rf.init() puts the model: "cuda" if there is one, unless this says "cpu"
 LOG_DIR = "RINGFOLD_LOG_DIR"
 QUIET = "RINGFOLD_QUIET"
+VERBOSE = "RINGFOLD_VERBOSE"  # "1": rf.init() says what it has set up
 CHECK_ORDER = "RINGFOLD_CHECK_ORDER"  # "1": compare what ranks are about to do before each collective
 FLIGHT_DIR = "RINGFOLD_FLIGHT_DIR"  # where the flight recorder writes
 

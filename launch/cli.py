@@ -98,7 +98,8 @@ def ringfold(debug: bool) -> None:
 @click.option("--log-dir", metavar="DIR", help="Write rank-0.log, rank-1.log, ... and the metrics there.")
 @click.option("--report", metavar="FILE", help="Write how the job and each rank ended, as JSON.")
 @click.option("--omp-threads", metavar="K", help="OMP_NUM_THREADS of each rank.  [default: cores / N, or your own]")
-def run(target: Any, **texts: str | None) -> None:
+@click.option("-v", "--verbose", is_flag=True, help="Say what each process has set up for training.")
+def run(target: Any, verbose: bool, **texts: str | None) -> None:
     """Run a script, a module or any executable on N ranks of this machine.
 
     Everything after it belongs to it. Each line is printed with the number of its rank; when a rank fails the others are ended, and the
@@ -114,7 +115,7 @@ def run(target: Any, **texts: str | None) -> None:
     from ringfold.launch.options import check_options
     from ringfold.launch.run import run_job
 
-    sys.exit(run_job(check_options(target, **texts)))
+    sys.exit(run_job(check_options(target, verbose=verbose, **texts)))
 
 
 @ringfold.command(short_help="Measure the collectives and training.", context_settings={"ignore_unknown_options": True})

@@ -50,6 +50,7 @@ class RunOptions:
     log_dir: Path | None = None
     report: Path | None = None
     omp_threads: int | None = None
+    verbose: bool = False
 
 
 @dataclass
@@ -168,6 +169,7 @@ def check_options(
     log_dir: str | None = None,
     report: str | None = None,
     omp_threads: str | None = None,
+    verbose: bool = False,
 ) -> RunOptions:
     """Check the texts of the command line; nothing is started, written or imported from the user's code.
 
@@ -186,7 +188,7 @@ def check_options(
     checked.target(target)
     if checked.problems or target is None or world_size is None:
         raise ConfigError(listed(checked.problems))
-    return RunOptions(target, world_size, layout, timeout_s, transport_name, interface, log_folder, report_path, threads)
+    return RunOptions(target, world_size, layout, timeout_s, transport_name, interface, log_folder, report_path, threads, verbose)
 
 
 def listed(problems: Sequence[str]) -> str:

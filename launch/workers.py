@@ -98,6 +98,8 @@ def rank_environment(
         values[environment.INTERFACE] = options.interface
     if options.log_dir is not None:
         values[environment.LOG_DIR] = str(options.log_dir)
+    if options.verbose:
+        values[environment.VERBOSE] = "1"
     if options.omp_threads is not None:
         values["OMP_NUM_THREADS"] = str(options.omp_threads)
     else:

@@ -20,11 +20,12 @@ from types import TracebackType
 import torch
 from ringfold.collectives.communicator import Communicator
 from ringfold.collectives.communicator import world as join_world
-from ringfold.collectives.environment import Job
+from ringfold.collectives.environment import VERBOSE, Job
 from ringfold.collectives.errors import ConfigError, PeerLost, RingfoldError
 from ringfold.collectives.work import Work
 from ringfold.parallel.layout import Layout
 from ringfold.parallel.mesh import DeviceMesh
+from ringfold.runtime.allocator import arrange
 from ringfold.runtime.checkpoint.saver import close_savers
 from torch import Tensor
 
@@ -61,6 +62,10 @@ def init(layout: str | Layout | None = None) -> DeviceMesh:
         _mesh = DeviceMesh(chosen, world)
         if _mesh.device.type == "cuda":
             torch.cuda.set_device(_mesh.device)  # what the script calls "cuda" is this rank's
+        else:
+            done = _arrange_allocator()
+            if os.environ.get(VERBOSE) == "1":
+                print(f"ringfold: {_mesh!r} on {_mesh.device}; malloc {done}", file=sys.stderr)
     except BaseException:
         world.close()
         raise
@@ -137,6 +142,11 @@ def _see_to_the_end() -> None:
     threading.excepthook = write_and_report_thread
     atexit.register(shutdown)
     os.register_at_fork(after_in_child=_forget)
+
+
+@functools.cache
+def _arrange_allocator() -> str:
+    return arrange()
 
 
 def _forget() -> None:

@@ -36,16 +36,18 @@ from ringfold.parallel.reducer import GradientReducer
 from ringfold.parallel.sparse import sparse_parameter_names
 from ringfold.parallel.zero.gradients import ShardedGradients
 from ringfold.parallel.zero.sharding import Sharding
-from ringfold.runtime import checkpoint, exact, gradients
+from ringfold.runtime import checkpoint, exact, gradients, memory
 from ringfold.runtime.batch import Batch, tensors_in
 from ringfold.runtime.data import ShardedData, shard
-from ringfold.runtime.evaluation import Metric, evaluate
+from ringfold.runtime.evaluation import Metric, evaluate, gather_rows
 from ringfold.runtime.exact import ShardRandom, require_no_batch_norm
 from ringfold.runtime.global_mean import GlobalMean, Policy
 from ringfold.runtime.loss import Term, loss_rule, name_of
+from ringfold.runtime.model_state import ModelState
+from ringfold.runtime.optimizer import make_optimizer, make_scheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler
 
 __all__ = ["Engine"]
 
@@ -136,8 +138,11 @@ class Engine:
                 self.module.named_parameters(), self._comm, averaged=False, bucket_mb=bucket_mb, sparse=sparse_parameter_names(self.module)
             )
         self._stepped = self._parameters if self._sharding is None else self._sharding.pieces  # what the optimizer steps on
-        self.optimizer = self._make_optimizer(optimizer)
-        self.scheduler = None if scheduler is None else self._make_scheduler(scheduler)
+        self._state = ModelState(self.module, self._sharding, mesh.rank)
+        self.optimizer = make_optimizer(optimizer, self._parameters)
+        if self._sharding is not None:
+            self._sharding.cut(self.optimizer)
+        self.scheduler = None if scheduler is None else make_scheduler(scheduler, self.optimizer)
         # Synchronised statistics, and the gathering of blocks, are collectives inside the model: a rank without rows then has to call it too.
         synchronises = any(getattr(part, "communicator", None) is not None for part in self.module.modules())
         self._always_calls = synchronises or mesh.layout.zero == 3
@@ -184,24 +189,14 @@ class Engine:
     def evaluate(self, batches: Iterable[Any]) -> dict[str, float]:
         """Return the global means of the loss and of every metric over all rows of several global batches, in evaluation mode."""
         prepared = (Batch.of(batch).to(self.mesh.device, self._cast) for batch in batches)
-        return evaluate(self._output, self.module, prepared, self._rule, self._metrics, self._comm, always_calls=self._shards_parameters)
+        return evaluate(self._output, self.module, prepared, self._rule, self._metrics, self._comm, always_calls=self._state.shards_parameters)
 
     def gather_metric(self, rows: Tensor) -> Tensor:
         """Return the rows of all ranks in rank order, which is the order of the global batch; a 0-dim tensor is one row.
 
         Raises: ConfigError on every rank if their rows have different shapes or dtypes.
         """
-        rows = rows.detach().reshape(1) if rows.dim() == 0 else rows.detach()
-        kinds = self._comm.all_gather_object((tuple(rows.shape), str(rows.dtype)))
-        filled = {(shape[1:], dtype) for shape, dtype in kinds if shape[0]}
-        if len(filled) > 1:
-            raise ConfigError(f"gather_metric: ranks have rows of different kinds: {', '.join(map(str, kinds))}.")
-        tail = next(iter(filled))[0] if filled else rows.shape[1:]
-        width = torch.Size(tail).numel()
-        dtype = torch.uint8 if rows.dtype == torch.bool else rows.dtype
-        gathered = torch.empty(sum(shape[0] for shape, _ in kinds) * width, dtype=dtype, device="cpu")
-        self._comm.all_gather(gathered, rows.to("cpu", dtype).reshape(-1), counts=[shape[0] * width for shape, _ in kinds])
-        return gathered.view(-1, *tail).to(rows.device, rows.dtype)
+        return gather_rows(rows, self._comm)
 
     @property
     def grad_norm(self) -> float:
@@ -215,48 +210,32 @@ class Engine:
 
         Raises: ConfigError if there is no parameter of that name.
         """
-        parameters = dict(self.module.named_parameters(remove_duplicate=False))
-        if name not in parameters:
-            raise ConfigError(f"grad: the model has no parameter {name!r}. It has {', '.join(parameters)}.")
-        if self._sharding is not None:
-            return self._sharding.grad(parameters[name])
-        grad = parameters[name].grad
-        return None if grad is None else grad.detach().clone()
+        return self._state.grad(name)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the full model under its own names on rank 0, and an empty dict elsewhere.
 
         Tensors are the model's own, as torch's are; under zero3, and in bf16 and fp16, where they are float32, they are copies.
         """
-        if self._sharding is not None and self._sharding.has_masters:
-            trained = {name: self._sharding.value(p) for name, p in self.module.named_parameters(remove_duplicate=False)}
-            return {name: trained.get(name, value) for name, value in self.module.state_dict().items()} if self.mesh.rank == 0 else {}
-        with self.whole_parameters():
-            state = dict(self.module.state_dict()) if self.mesh.rank == 0 else {}
-            if self._shards_parameters:
-                state = {name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()}
-        return state
+        return self._state.whole()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load a full model, the same on every rank, under its own names.
 
         Raises: RuntimeError, as torch's, if names or shapes differ.
         """
-        with self.whole_parameters(write=True):
-            self.module.load_state_dict(state)
-        if self._sharding is not None and self._sharding.has_masters:
-            self._sharding.assign({parameter: state[name] for name, parameter in self.module.named_parameters()})
+        self._state.load(state)
 
     def whole_parameters(self, *, write: bool = False) -> contextlib.AbstractContextManager[None]:
         """Return a context in which `module` has all its parameters whole on every rank: under zero3 the only time outside its own forward.
 
         With `write` what is changed inside, alike on all ranks, stays. Memory for the whole model is needed meanwhile.
         """
-        return contextlib.nullcontext() if self._sharding is None else self._sharding.everything(write)
+        return self._state.everything(write)
 
-    @property
-    def _shards_parameters(self) -> bool:
-        return self._sharding is not None and self._sharding.stage == 3
+    def memory(self) -> dict[str, int]:
+        """Return the bytes that this rank keeps between steps, by purpose, and what the system counts for the process; not collective."""
+        return memory.account(self.module, self._sharding, self._reducer, self.optimizer)
 
     def shard(self, source: Any, **options: Any) -> ShardedData:
         """Return this rank's rows of a source of global batches, as `rf.shard`; `save` and `resume` keep its position."""
@@ -283,8 +262,8 @@ class Engine:
         return self._saver.save(
             directory,
             step=self.step,
-            model_state=self._model_state(),
-            optimizer_state=checkpoint.optimizer_state_by_name(self.optimizer, self._named_pieces()),
+            model_state=self._state.parts(),
+            optimizer_state=checkpoint.optimizer_state_by_name(self.optimizer, self._state.pieces()),
             extra=extra,
             asynchronous=asynchronous,
         )
@@ -301,10 +280,7 @@ class Engine:
         Raises: Incomplete, Corrupt, or Incompatible (with all differences, before anything is changed).
         """
         found = checkpoint.load(directory, comm=self.mesh.world)
-        wanted = self._model_state(all_buffers=True) if self._in_pieces else self.module
-        found.restore(wanted, self.optimizer, self._named_pieces(), cast=True)
-        if self._sharding is not None:
-            self._sharding.publish()
+        self._state.restore(found, self.optimizer)
         extra = found.extra()
         if self.scheduler is not None and extra["scheduler"] is not None:
             self.scheduler.load_state_dict(extra["scheduler"])
@@ -333,40 +309,6 @@ class Engine:
             self._casting.close()
         if "_saver" in vars(self):
             self._saver.close()
-
-    def _named_pieces(self) -> list[tuple[str, nn.Parameter | checkpoint.Piece]]:
-        """Return what the optimizer steps on here, with the names of the parameters."""
-        if self._sharding is None:
-            return list(self.module.named_parameters())
-        kept = [] if self._shards_parameters else [(name, p) for name, p in self.module.named_parameters() if not p.requires_grad]
-        return [*kept, *((name, checkpoint.Piece(piece, start, shape)) for name, piece, start, shape in self._sharding.named_pieces())]
-
-    @property
-    def _in_pieces(self) -> bool:
-        """Whether what is trained is not in the module's own parameters, but in pieces."""
-        return self._shards_parameters or (self._sharding is not None and self._sharding.has_masters)
-
-    def _model_state(self, all_buffers: bool = False) -> dict[str, Any]:
-        """Return what this rank saves of the model's state, and what it wants of a saved one: all of it, or pieces of sharded parameters.
-
-        Unless `all_buffers`, buffers are rank 0's, as in the beginning: statistics of a BatchNorm that is not synchronised differ, and those
-        of one rank belong together.
-        """
-        parameters = dict(self.module.named_parameters(remove_duplicate=False))
-        state = self.module.state_dict()
-        if not self._in_pieces:
-            return {name: value for name, value in state.items() if all_buffers or self.mesh.rank == 0 or name in parameters}
-        assert self._sharding is not None  # narrows the type
-        mine = {id(self.module.get_parameter(name)): (piece, start) for name, piece, start, _ in self._sharding.named_pieces()}
-        found: dict[str, Any] = {}
-        for name, value in state.items():
-            if name in parameters and (self._shards_parameters or parameters[name].requires_grad):
-                nothing = torch.empty(0, dtype=self._sharding.trained_dtype(parameters[name]), device=value.device)
-                piece, start = mine.get(id(parameters[name]), (nothing, 0))
-                found[name] = checkpoint.TensorPart(piece.detach(), tuple(value.shape), start)
-            elif all_buffers or self.mesh.rank == 0 or name in parameters:
-                found[name] = value
-        return found
 
     def _microbatches(self, batch: Any) -> list[Batch]:
         parts = Batch.of(batch).to(self.mesh.device, self._cast).microbatches(self._micro)
@@ -491,26 +433,3 @@ class Engine:
     @property
     def skipped_steps(self) -> int:
         return 0 if self._scaler is None else self._scaler.skipped
-
-    def _make_optimizer(self, factory: Callable[[list[nn.Parameter]], Optimizer]) -> Optimizer:
-        optimizer = factory(list(self._parameters))
-        if not isinstance(optimizer, Optimizer):
-            raise ConfigError(f"optimizer: expected a function of the parameters that returns a torch Optimizer, got {type(optimizer).__name__}.")
-        if isinstance(optimizer, torch.optim.LBFGS):
-            raise ConfigError("optimizer: LBFGS calls the model several times a step, which train_step does not do. Use another one.")
-        known = set(map(id, self._parameters))
-        strangers = sum(id(p) not in known for group in optimizer.param_groups for p in group["params"])
-        if strangers:
-            raise ConfigError(
-                f"optimizer: {strangers} of its parameters are not the model's: they were made before the model was. "
-                "Build it from the list that the function is given."
-            )
-        if self._sharding is not None:
-            self._sharding.cut(optimizer)
-        return optimizer
-
-    def _make_scheduler(self, factory: Callable[[Optimizer], LRScheduler]) -> LRScheduler:
-        scheduler = factory(self.optimizer)
-        if isinstance(scheduler, ReduceLROnPlateau) or not isinstance(scheduler, LRScheduler):
-            raise ConfigError(f"scheduler: {type(scheduler).__name__} is no LRScheduler that steps once a train step. Step it in your own loop.")
-        return scheduler

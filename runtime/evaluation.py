@@ -16,7 +16,7 @@ from ringfold.collectives.communicator import Communicator
 from ringfold.collectives.errors import ConfigError
 from ringfold.runtime.batch import Batch
 from ringfold.runtime.loss import LossRule, name_of
-from torch import nn
+from torch import Tensor, nn
 
 __all__ = ["Metric", "evaluate"]
 
@@ -61,6 +61,24 @@ def evaluate(
         for key, (total, count) in theirs.items():
             _add(sums[key], total, count)
     return _means(sums, rule)
+
+
+def gather_rows(rows: Tensor, comm: Communicator) -> Tensor:
+    """Return the rows of all ranks in rank order; a 0-dim tensor is one row.
+
+    Raises: ConfigError on every rank if their rows have different shapes or dtypes.
+    """
+    rows = rows.detach().reshape(1) if rows.dim() == 0 else rows.detach()
+    kinds = comm.all_gather_object((tuple(rows.shape), str(rows.dtype)))
+    filled = {(shape[1:], dtype) for shape, dtype in kinds if shape[0]}
+    if len(filled) > 1:
+        raise ConfigError(f"gather_metric: ranks have rows of different kinds: {', '.join(map(str, kinds))}.")
+    tail = next(iter(filled))[0] if filled else rows.shape[1:]
+    width = torch.Size(tail).numel()
+    dtype = torch.uint8 if rows.dtype == torch.bool else rows.dtype
+    gathered = torch.empty(sum(shape[0] for shape, _ in kinds) * width, dtype=dtype, device="cpu")
+    comm.all_gather(gathered, rows.to("cpu", dtype).reshape(-1), counts=[shape[0] * width for shape, _ in kinds])
+    return gathered.view(-1, *tail).to(rows.device, rows.dtype)
 
 
 def _means(sums: Mapping[tuple[str, str], list[float]], rule: LossRule) -> dict[str, float]:

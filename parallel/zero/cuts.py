@@ -44,6 +44,10 @@ class Cuts:
         """Whether any piece is computed with in another precision than it is trained in."""
         return bool(self._masters)
 
+    @property
+    def masters_nbytes(self) -> int:
+        return sum(master.nbytes for master in self._masters)
+
     def write_back(self) -> None:
         """Round the masters into the memory that is computed with."""
         if self._masters:

@@ -76,6 +76,13 @@ class GatheredParameters:
         if block in self._unit_of:
             self._use(self._unit_of[block])
 
+    @property
+    def nbytes(self) -> tuple[int, int]:
+        """Bytes that this rank keeps of parameters, and of memory that they are gathered into."""
+        lent = [*self._free, *(unit.memory for unit in self._used if unit.memory is not None)]
+        common = 0 if self._common_memory is None else self._common_memory.nbytes
+        return sum(unit.shards_nbytes for unit in self._units), sum(memory.nbytes for memory in lent) + common
+
     def publish(self) -> None:
         """Forget what was gathered: the optimizer has changed the shards.
 

@@ -110,6 +110,16 @@ class ShardedGradients(GradientReducer[_Shard]):
         """Accumulate locally (stage 1), or reduce the backwards inside, of which this rank may have none, and add to the shards."""
         return self._unsynchronised() if self._accumulates_locally else self._round()
 
+    @property
+    def shards_nbytes(self) -> int:
+        """Bytes of gradients that this rank keeps: shards, or whole buckets where they accumulate locally."""
+        return sum(memory.nbytes for f in self._buckets for memory in [f.buffer if f.is_kept and f.buffer is not None else f.shard])
+
+    @property
+    def buffers_nbytes(self) -> int:
+        """Bytes of the buffers that buckets take in turn, between steps."""
+        return sum(buffer.nbytes for buffer in self._free)
+
     def begin_step(self) -> None:
         """Drop what backwards of a step that failed have left, in exact mode."""
         self._ever_used.zero_()

@@ -35,6 +35,11 @@ class FlatParameters:
                 slot.parameter.data = slot.view(flat)
             self._flats.append((bucket, flat))
 
+    @property
+    def nbytes(self) -> tuple[int, int]:
+        """Bytes that this rank keeps of parameters, and of memory that they are gathered into."""
+        return sum(flat.nbytes for _, flat in self._flats), 0
+
     def publish(self) -> None:
         """Give every rank what the others' optimizers have written.
 

@@ -108,6 +108,17 @@ class Sharding:
         zero_optimizer.cut(optimizer, {**whole, **nothing, **mine})
         optimizer.register_step_post_hook(lambda *_: self.publish())
 
+    def nbytes(self) -> dict[str, int]:
+        """Return the bytes that this rank keeps, by purpose; frozen parameters of stages 1 and 2 are not among them."""
+        parameters, gathered = self._parameters.nbytes
+        return {
+            "parameters": parameters,
+            "masters": self._parameters.cuts.masters_nbytes,
+            "gradients": self.gradients.shards_nbytes,
+            "gradient buffers": self.gradients.buffers_nbytes,
+            "gathered blocks": gathered,
+        }
+
     @property
     def has_masters(self) -> bool:
         """Whether what is trained is not what is computed with."""

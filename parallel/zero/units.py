@@ -60,6 +60,10 @@ class Unit:
         self.hide()
 
     @property
+    def shards_nbytes(self) -> int:
+        return sum(shard.nbytes for shard in self._shards)
+
+    @property
     def parameters(self) -> Iterator[nn.Parameter]:
         return (slot.parameter for bucket in self.buckets for slot in bucket.slots)
 

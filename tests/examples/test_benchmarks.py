@@ -271,6 +271,17 @@ def test_scaling_compares_every_side_with_a_lone_rank(tmp_path: Path) -> None:
     assert "| strong | 2 | 1 | alone |" in output
 
 
+def test_memory_counts_every_layout_in_a_job_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    output = run_benchmark("memory", "-n", "2", "--quick", "--layout", "zero0", "--layout", "bf16 zero3", "--json", str(path))
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["layout"] for row in rows] == ["zero0", "bf16 zero3"]
+    for row in rows:
+        assert row["counted_nbytes"] == sum(row["counted"].values())
+    assert rows[1]["counted"]["parameters"] < rows[0]["counted"]["parameters"] / 3
+    assert sum(line.startswith("| ") for line in output.splitlines()) == 3
+
+
 def test_checkpoint_shows_what_a_save_holds_up_beside_torch(tmp_path: Path) -> None:
     path = tmp_path / "result.json"
     output = run_benchmark("checkpoint", "-n", "2", "--nbytes", "20M", "--rounds", "1", "--folder", str(tmp_path), "--json", str(path))
