@@ -130,6 +130,7 @@ class Engine:
                 exact=self._exact is not None,
                 dtype_of=own_dtype if self._casting is None else self._casting.dtype_of,
                 reduce_dtype=torch.float32 if self._exact is not None else reduce_dtype,
+                one_backward=self._micro == 1,
             )
             self.recomputation.before_recompute = self._sharding.gather
             self._reducer = self._sharding.gradients
@@ -137,7 +138,6 @@ class Engine:
             self._reducer = GradientBuckets(
                 self.module.named_parameters(), self._comm, averaged=False, bucket_mb=bucket_mb, sparse=sparse_parameter_names(self.module)
             )
-        self._stepped = self._parameters if self._sharding is None else self._sharding.pieces  # what the optimizer steps on
         self._state = ModelState(self.module, self._sharding, mesh.rank)
         self.optimizer = make_optimizer(optimizer, self._parameters)
         if self._sharding is not None:
@@ -167,14 +167,14 @@ class Engine:
         parts = self._microbatches(batch)
         if not self.module.training:
             self.module.train()
-        for parameter in (*self._parameters, *self._stepped):
+        for parameter in self._parameters:
             parameter.grad = None
+        if self._sharding is not None:
+            self._sharding.gradients.drop()
         self._grad_norm = None
         loss, factor = self._forward_backward(parts)
-        if self._finish_gradients(factor):
-            self.optimizer.step()
-            if self.scheduler is not None:
-                self.scheduler.step()
+        if self._step(factor) and self.scheduler is not None:
+            self.scheduler.step()
         self.recomputation.finish_step()
         self.step += 1
         self.mesh.world.page.set_progress(self.step)
@@ -202,7 +202,7 @@ class Engine:
     def grad_norm(self) -> float:
         """The norm of the last step's gradient before clipping; not collective."""
         if self._grad_norm is None:
-            self._grad_norm = math.sqrt(gradients.squared_norm(self._parameters))
+            self._grad_norm = math.sqrt(gradients.squared_norm(gradients.values(self._parameters)))
         return self._grad_norm
 
     def grad(self, name: str) -> Tensor | None:
@@ -391,21 +391,20 @@ class Engine:
         if roots:
             torch.autograd.backward([total for total, _ in roots], [total.new_tensor(weight * scale) for total, weight in roots])
 
-    def _finish_gradients(self, factor: float) -> bool:
-        """Clip as torch.nn.utils.clip_grad_norm_ does; at most one pass writes the gradients, and none where there is nothing to change.
+    def _step(self, factor: float) -> bool:
+        """Clip as torch.nn.utils.clip_grad_norm_ does, and step; at most one pass writes the gradients, and none where there is nothing to change.
 
-        Return whether the step is to be taken: with a scaled loss, if the gradient is finite.
+        Return whether the step was taken: with a scaled loss, if the gradient is finite.
         """
         if self._scaler is not None:
             factor /= self._scaler.scale
         if self._sharding is not None and self._exact is not None:
-            grads = [piece.grad for piece in self._stepped if piece.grad is not None]
             count = sum(parameter.numel() for parameter in self._parameters)
-            self._grad_norm = math.sqrt(exact.squared_norm(grads, count, self._sharding.all_reduce)) * factor
+            self._grad_norm = math.sqrt(exact.squared_norm(self._sharding.gradient_tensors(), count, self._sharding.all_reduce)) * factor
         elif self._sharding is not None:
-            self._grad_norm = math.sqrt(self._sharding.sum_over_shards(gradients.squared_norm(self._stepped))) * factor
+            self._grad_norm = math.sqrt(self._sharding.sum_over_shards(gradients.squared_norm(self._sharding.gradient_tensors()))) * factor
         elif self._clip_norm is not None:
-            self._grad_norm = math.sqrt(gradients.squared_norm(self._stepped)) * factor
+            self._grad_norm = math.sqrt(gradients.squared_norm(gradients.values(self._parameters))) * factor
         if self._scaler is not None and self._grad_norm is not None:  # the same on all ranks, and so is what follows
             self._scaler.update(not math.isfinite(self._grad_norm), self._not_finite)
             if not math.isfinite(self._grad_norm):
@@ -414,14 +413,19 @@ class Engine:
             clip = self._clip_norm / (self._grad_norm + 1e-6)
             if not clip >= 1.0:
                 factor *= clip
+        if self._sharding is not None:
+            self._sharding.step(self.optimizer, factor)
+            return True
         if factor != 1.0:
-            gradients.scale(self._stepped, factor)
+            gradients.scale(self._parameters, factor)
+        self.optimizer.step()
         return True
 
     def _not_finite(self) -> str:
         """Return the name of the first parameter whose gradient is not finite; collective."""
         assert self._sharding is not None  # narrows the type: where the loss is scaled, masters are
-        mine = {name for name, piece, _, _ in self._sharding.named_pieces() if piece.grad is not None and not piece.grad.isfinite().all()}
+        of = self._sharding.gradients.of
+        mine = {name for name, piece, _, _ in self._sharding.named_pieces() if (grad := of(piece)) is not None and not grad.isfinite().all()}
         found = set().union(*self._comm.all_gather_object(sorted(mine)))
         return next((name for name, _ in self.module.named_parameters() if name in found), "no parameter")
 

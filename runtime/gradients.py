@@ -12,36 +12,37 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-__all__ = ["scale", "squared_norm"]
+__all__ = ["scale", "squared_norm", "values"]
 
 # vector_norm keeps a few float32 accumulators for a whole CPU tensor, which for 6.5 M elements costs a relative error of 2e-4. A dot
 # product of this many elements stays within 1e-7 of the truth, is no slower, and the blocks are added in float64.
 BLOCK_COUNT = 1 << 16
 
 
-def squared_norm(parameters: Iterable[nn.Parameter]) -> float:
-    """Return the square of the 2-norm of all gradients together; parameters without one do not count."""
-    return math.fsum(_squared_norm(grad) for grad in _values(parameters))
+def squared_norm(grads: Iterable[Tensor]) -> float:
+    """Return the square of the 2-norm of all tensors together."""
+    return math.fsum(_squared_norm(grad) for grad in grads)
 
 
 def scale(parameters: Iterable[nn.Parameter], factor: float) -> None:
     """Multiply all gradients by a factor, in place."""
-    grads = _values(parameters)
+    grads = values(parameters)
     if grads:
         torch._foreach_mul_(grads, factor)
 
 
-def _values(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-    values = []
+def values(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """Return the elements of all gradients; parameters without one do not count."""
+    found = []
     for parameter in parameters:
         if parameter.grad is not None:
             if parameter.grad.is_sparse and not parameter.grad.is_coalesced():
                 parameter.grad = parameter.grad.coalesce()
-            values.append(parameter.grad.values() if parameter.grad.is_sparse else parameter.grad)
-    return values
+            found.append(parameter.grad.values() if parameter.grad.is_sparse else parameter.grad)
+    return found
 
 
 def _squared_norm(grad: Tensor) -> float:
-    if grad.is_cuda or not grad.is_contiguous():
+    if grad.is_cuda or not grad.is_contiguous() or grad.dtype.itemsize == 2:
         return float(torch.linalg.vector_norm(grad, dtype=torch.float64)) ** 2
     return math.fsum(float(torch.dot(block, block)) for block in grad.detach().view(-1).split(BLOCK_COUNT))

@@ -45,15 +45,14 @@ def account(module: nn.Module, sharding: Sharding | None, reducer: GradientReduc
 def predict(parameters: int, stage: int, ranks: int, *, element: int = 4, master: int = 0, state: int = 8) -> dict[str, float]:
     """Return bytes of parameters, masters, gradients and optimizer state by the formulas of ZeRO (arXiv:1910.02054).
 
-    `element` bytes for a parameter and `master` for its master copy (0: there is none), `state` for the optimizer's state of one element (8: Adam
-    in float32). Gradients that are kept have the dtype of what is trained. Padding and lent memory are not in it.
+    `element` bytes for a parameter and its gradient, `master` for its master copy (0: there is none), `state` for the optimizer's state of one
+    element (8: Adam in float32). With masters and several backwards a step gradients take `master` bytes, for they are added in that precision.
+    Padding and lent memory are not in it.
     """
-    trained = master or element
-    sharded = trained if stage > 1 or master else element
     return {
         "parameters": parameters * element / (ranks if stage == 3 else 1),
         "masters": parameters * master / (ranks if stage else 1),
-        "gradients": parameters * sharded / (ranks if stage > 1 or (master and stage) else 1),
+        "gradients": parameters * element / (ranks if stage > 1 or (master and stage) else 1),
         "optimizer state": parameters * state / (ranks if stage else 1),
     }
 

@@ -63,7 +63,8 @@ class ShardedGradients(GradientReducer[_Shard]):
     """Sum gradients into shards of 1 / N over `group`; `cuts` are, for each bucket, the pieces that this rank owns.
 
     Gradients are reduced in the dtype of their buckets, those of 16 bits in `reduce_dtype` if that is given, and shards have the dtype of
-    what is trained. exact: each backward is folded over ranks in pairs at once, and the backwards of a step in a binary counter, until `combine()`.
+    what is trained. narrow: they have that of the buckets, `grad` of the pieces stays None, and `of` tells what the optimizer is to be given; there is
+    one backward a step. exact: each backward is folded over ranks in pairs at once, and those of a step in a binary counter, until `combine()`.
     """
 
     def __init__(
@@ -76,17 +77,20 @@ class ShardedGradients(GradientReducer[_Shard]):
         accumulates_locally: bool,
         exact: bool = False,
         reduce_dtype: torch.dtype | None = None,
+        narrow: bool = False,
     ) -> None:
         super().__init__(named_parameters, group.whole, averaged)
         self._group = group
         self._accumulates_locally = accumulates_locally
         self._exact = exact
         self._reduce_dtype = reduce_dtype
+        self.narrow = narrow
+        self._narrow_grads: dict[int, torch.Tensor] = {}  # by id of the optimizer's parameter
         fillings, marks = [], 0
         for bucket, mine in cuts.items():
             # zeros in the gaps too: what is reduced must be a number
             flat = self._comm.empty(bucket.numel, dtype=bucket.dtype, device=bucket.device).zero_() if accumulates_locally else None
-            trained = mine[0][1].dtype if mine else bucket.dtype
+            trained = mine[0][1].dtype if mine and not narrow else bucket.dtype
             length = bucket.numel // bucket.ranks
             shard = torch.zeros(length, dtype=trained, device=bucket.device) if flat is None else flat[bucket.range(group.rank)]
             fillings.append(_Shard(bucket, shard, flat, mine, group.rank, marks, BinaryCounter() if exact else None))
@@ -109,6 +113,22 @@ class ShardedGradients(GradientReducer[_Shard]):
     def no_sync(self) -> AbstractContextManager[None]:
         """Accumulate locally (stage 1), or reduce the backwards inside, of which this rank may have none, and add to the shards."""
         return self._unsynchronised() if self._accumulates_locally else self._round()
+
+    def of(self, piece: nn.Parameter) -> torch.Tensor | None:
+        """Return the gradient of a piece, in the dtype in which it is kept."""
+        return self._narrow_grads.get(id(piece)) if self.narrow else piece.grad
+
+    def buckets(self) -> Iterator[list[nn.Parameter]]:
+        """Yield the optimizer's parameters of this rank, bucket by bucket."""
+        for filling in self._buckets:
+            yield [parameter for _, parameter in filling.cuts]
+
+    def drop(self) -> None:
+        """Forget the gradients of a step."""
+        self._narrow_grads.clear()
+        for parameters in self.buckets():
+            for parameter in parameters:
+                parameter.grad = None
 
     @property
     def shards_nbytes(self) -> int:
@@ -210,7 +230,11 @@ class ShardedGradients(GradientReducer[_Shard]):
         used = self._used.tolist()
         for filling in self._buckets:
             for (piece, parameter), grad, held in zip(filling.cuts, filling.grads, filling.held, strict=True):
-                parameter.grad = grad if held or used[filling.first_mark + piece.slot.position] else None
+                present = held or used[filling.first_mark + piece.slot.position]
+                if self.narrow:
+                    self._narrow_grads.update({id(parameter): grad} if present else {})
+                else:
+                    parameter.grad = grad if present else None
             filling.held = [False] * len(filling.cuts)
             if filling.is_kept:
                 for slot in filling.bucket.slots:

@@ -36,6 +36,7 @@ class Sharding:
     """Shard what a model needs beside its parameters over `comm`, or over each `group_size` of its ranks; made by all of them together.
 
     dtype_of: in which precision each parameter is computed with; where that is not its own, what is trained is a master copy of the piece.
+    one_backward: there is one in a step, so gradients that have masters may be kept in 16 bits, and are given to the optimizer by `step`.
     reduce_dtype: in which gradients of 16 bits are summed over ranks, their own by default.
     exact: gradients, and `norm`, are the same bits however many ranks there are (a power of two) and whatever the stage and group.
     Every rank holds the same parameters before (`broadcast_state`). `averaged`: gradients are averages over ranks, else sums.
@@ -57,6 +58,7 @@ class Sharding:
         exact: bool = False,
         dtype_of: DtypeOf = own_dtype,
         reduce_dtype: torch.dtype | None = None,
+        one_backward: bool = False,
     ) -> None:
         self.stage = stage
         named = list(module.named_parameters())
@@ -81,9 +83,12 @@ class Sharding:
             accumulates_locally=stage == 1 and not exact and not cuts.have_masters,
             exact=exact,
             reduce_dtype=reduce_dtype,
+            narrow=one_backward and cuts.have_masters and not exact and reduce_dtype is None,
         )
         self._slot_of = {id(slot.parameter): (slot, bucket) for bucket in cuts.of for slot in bucket.slots}
         self._cut_of = {id(piece.slot.parameter): (piece, mine) for each in cuts.of.values() for piece, mine in each}
+        self._is_stepping = False
+        self._factor = 1.0  # that the optimizer's gradients had, where those that are kept lack it
         self.pieces = [mine for _, mine in self._cut_of.values()]
 
     def all_reduce(self, tensor: torch.Tensor, op: str = "sum") -> None:
@@ -106,7 +111,33 @@ class Sharding:
         mine = {key: (parameter, piece.start) for key, (piece, parameter) in self._cut_of.items()}
         nothing = dict.fromkeys(self._slot_of, (None, 0))
         zero_optimizer.cut(optimizer, {**whole, **nothing, **mine})
-        optimizer.register_step_post_hook(lambda *_: self.publish())
+        optimizer.register_step_post_hook(lambda *_: None if self._is_stepping else self.publish())
+
+    def step(self, optimizer: Optimizer, factor: float) -> None:
+        """Step on gradients times `factor`.
+
+        Those that are kept in 16 bits are given in the masters' dtype a bucket at a time, and the optimizer steps once for each: a parameter without
+        a gradient it leaves alone.
+        """
+        if not self.gradients.narrow:
+            grads = [piece.grad for piece in self.pieces if piece.grad is not None]
+            if factor != 1.0 and grads:
+                torch._foreach_mul_(grads, factor)
+            optimizer.step()
+            return
+        self._is_stepping = True
+        try:
+            for pieces in self.gradients.buckets():
+                kept = [self.gradients.of(piece) for piece in pieces]
+                for piece, grad in zip(pieces, kept, strict=True):
+                    piece.grad = None if grad is None else grad.to(piece.dtype, copy=True).mul_(factor)
+                optimizer.step()
+                for piece in pieces:
+                    piece.grad = None
+        finally:
+            self._is_stepping = False
+        self._factor = factor
+        self.publish()
 
     def nbytes(self) -> dict[str, int]:
         """Return the bytes that this rank keeps, by purpose; frozen parameters of stages 1 and 2 are not among them."""
@@ -128,6 +159,10 @@ class Sharding:
         """Return the dtype of a parameter's pieces, on ranks that have none of it, too."""
         return self._trained_dtypes[id(parameter)]
 
+    def gradient_tensors(self) -> list[torch.Tensor]:
+        """Return the gradients of this rank's pieces, in the dtypes in which they are kept."""
+        return [grad for piece in self.pieces if (grad := self.gradients.of(piece)) is not None]
+
     def publish(self) -> None:
         """Let every rank see what has changed in the pieces of any.
 
@@ -140,7 +175,8 @@ class Sharding:
         """Return a parameter's whole gradient as the optimizer sees it, in new memory, or None if no rank used it; collective."""
         if not parameter.requires_grad:
             return None
-        return self._gathered(parameter, lambda piece: piece.grad)
+        found = self._gathered(parameter, self.gradients.of)
+        return found if found is None or not self.gradients.narrow else found.mul_(self._factor)
 
     def value(self, parameter: nn.Parameter) -> torch.Tensor:
         """Return a parameter's whole values as they are trained, in new memory; collective."""

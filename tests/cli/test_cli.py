@@ -18,7 +18,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 def invoke(*arguments: str) -> tuple[int, str]:
-    result = CliRunner().invoke(cli.ringfold, arguments, prog_name="ringfold", catch_exceptions=False)
+    result = CliRunner().invoke(cli.ringfold, arguments, prog_name="ringfold", catch_exceptions=False, terminal_width=80)
     return result.exit_code, result.output
 
 

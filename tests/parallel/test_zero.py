@@ -174,7 +174,7 @@ def memory(world: Communicator, layout: str) -> int:
     for batch in global_batches()[:2]:
         engine.train_step(mine(batch, world.rank, world.size))
     whole = {p.grad.untyped_storage().data_ptr(): p.grad.untyped_storage().nbytes() for p in engine.module.parameters() if p.grad is not None}
-    pieces = {p.grad.untyped_storage().data_ptr(): p.grad.untyped_storage().nbytes() for p in engine._stepped if p.grad is not None}
+    pieces = {p.grad.untyped_storage().data_ptr(): p.grad.untyped_storage().nbytes() for p in engine._sharding.pieces if p.grad is not None}
     return sum({**whole, **pieces}.values())
 
 
