@@ -63,8 +63,8 @@ class ShardedGradients(GradientReducer[_Shard]):
     """Sum gradients into shards of 1 / N over `group`; `cuts` are, for each bucket, the pieces that this rank owns.
 
     Gradients are reduced in the dtype of their buckets, those of 16 bits in `reduce_dtype` if that is given, and shards have the dtype of
-    what is trained. narrow: they have that of the buckets, `grad` of the pieces stays None, and `of` tells what the optimizer is to be given; there is
-    one backward a step. exact: each backward is folded over ranks in pairs at once, and those of a step in a binary counter, until `combine()`.
+    what is trained. narrow: they have that of the buckets, `grad` of the pieces stays None, and `of` tells what the optimizer is to be given; a step
+    has one backward. exact: each backward is folded over ranks in pairs at once, and those of a step in a binary counter, until `combine()`.
     """
 
     def __init__(
