@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-__all__ = ["Bucket", "DtypeOf", "Group", "Piece", "Slot", "own_dtype", "partition"]
+__all__ = ["ALIGNMENT", "Bucket", "DtypeOf", "Group", "Piece", "Slot", "own_dtype", "partition"]
 
 Group = Sequence[tuple[str, nn.Parameter]]
 DtypeOf = Callable[[str, nn.Parameter], torch.dtype]
@@ -67,8 +67,13 @@ class Piece:
 class Bucket:
     """The layout of a group of parameters of one dtype, in a vector of `numel` elements that `ranks` divides into equal ranges."""
 
-    def __init__(self, group: Group, ranks: int = 1, unlike: Collection[Bucket] = (), dtype: torch.dtype | None = None) -> None:
-        """Lay out a group; its length will be that of none of `unlike`, its elements of `dtype` if that is not the parameters' own."""
+    def __init__(
+        self, group: Group, ranks: int = 1, unlike: Collection[Bucket] = (), dtype: torch.dtype | None = None, range_alignment: int = ALIGNMENT
+    ) -> None:
+        """Lay out a group; its length will be that of none of `unlike`, its elements of `dtype` if that is not the parameters' own.
+
+        range_alignment: what the length of a range is a multiple of, in elements; itself a multiple of 64.
+        """
         self.dtype, self.device = dtype or group[0][1].dtype, group[0][1].device
         self.ranks = ranks
         self.slots: list[Slot] = []
@@ -76,7 +81,7 @@ class Bucket:
         for position, (name, parameter) in enumerate(group):
             self.slots.append(Slot(name, parameter, position, end, parameter.shape, _strides(parameter)))
             end += _aligned(parameter.numel())
-        step, taken = ALIGNMENT * ranks, {other.numel for other in unlike}
+        step, taken = range_alignment * ranks, {other.numel for other in unlike}
         self.numel: int = max(1, -(-end // step)) * step
         while self.numel in taken:
             self.numel += step
@@ -104,7 +109,15 @@ def own_dtype(name: str, parameter: nn.Parameter) -> torch.dtype:  # noqa: ARG00
     return parameter.dtype
 
 
-def partition(named: Group, limit_nbytes: int, *, first_nbytes: int | None = None, ranks: int = 1, dtype_of: DtypeOf = own_dtype) -> list[Bucket]:
+def partition(
+    named: Group,
+    limit_nbytes: int,
+    *,
+    first_nbytes: int | None = None,
+    ranks: int = 1,
+    dtype_of: DtypeOf = own_dtype,
+    range_alignment: int = ALIGNMENT,
+) -> list[Bucket]:
     """Group parameters, last one first, by dtype and device, into buckets of at most `limit_nbytes`; a larger parameter has its own.
 
     The first bucket holds at most `first_nbytes`. dtype_of(name, parameter) is the dtype of its elements in the bucket.
@@ -123,7 +136,7 @@ def partition(named: Group, limit_nbytes: int, *, first_nbytes: int | None = Non
         filling[kind].append((name, parameter))
         filled_nbytes[kind] += nbytes
     closed += [(dtype, group) for (dtype, _, _), group in filling.items()]
-    return [Bucket(group, ranks, dtype=dtype) for dtype, group in closed]
+    return [Bucket(group, ranks, dtype=dtype, range_alignment=range_alignment) for dtype, group in closed]
 
 
 def _aligned(count: int) -> int:

@@ -131,6 +131,7 @@ class Engine:
                 dtype_of=own_dtype if self._casting is None else self._casting.dtype_of,
                 reduce_dtype=torch.float32 if self._exact is not None else reduce_dtype,
                 one_backward=self._micro == 1,
+                offload=mesh.layout.offload,
             )
             self.recomputation.before_recompute = self._sharding.gather
             self._reducer = self._sharding.gradients

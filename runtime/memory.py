@@ -20,8 +20,13 @@ __all__ = ["account", "predict", "proportional_set_size"]
 
 
 def account(module: nn.Module, sharding: Sharding | None, reducer: GradientReducer[Any], optimizer: torch.optim.Optimizer) -> dict[str, int]:
-    """Return bytes by purpose: parameters, masters, gradients, gradient buffers, gathered blocks, optimizer state, buffers, process."""
+    """Return bytes by purpose: parameters, masters, gradients, gradient buffers, gathered blocks, offload, optimizer state, buffers, files, process.
+
+    `offload` is memory through which passes what lies in files; `files` are no memory, and neither is what of the state lies there.
+    """
     state = [value for values in optimizer.state.values() for value in values.values() if isinstance(value, Tensor)]
+    if sharding is not None:
+        state = [value for value in state if not sharding.lies_in_file(value)]
     if sharding is None:
         own = [p.grad for p in module.parameters() if p.grad is not None]
         found = {
@@ -30,6 +35,8 @@ def account(module: nn.Module, sharding: Sharding | None, reducer: GradientReduc
             "gradients": sum(reducer.nbytes_of_each) or _storages(own),
             "gradient buffers": 0,
             "gathered blocks": 0,
+            "offload": 0,
+            "files": 0,
         }
     else:
         found = sharding.nbytes()

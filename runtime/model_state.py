@@ -87,7 +87,7 @@ class ModelState:
         """
         found.restore(self._all_parts() if self._in_pieces else self._module, optimizer, self.pieces(), cast=True)
         if self._sharding is not None:
-            self._sharding.publish()
+            self._sharding.settle()
 
     def pieces(self) -> list[tuple[str, nn.Parameter | checkpoint.Piece]]:
         """Return what the optimizer steps on here, with the names of the parameters."""

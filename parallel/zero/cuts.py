@@ -3,12 +3,14 @@
 same dtype     the optimizer's parameter is the piece's own memory: its step is seen there
 bf16 or fp16   the optimizer's parameter is a master copy in the precision that the model was built in, cut from the values before they
                were rounded; `write_back` rounds it into the piece's memory after a step
+offloaded      on a GPU the same: masters lie in host memory; with a file they lie there
 """
 
 from __future__ import annotations
 
 import torch
-from ringfold.parallel.bucket import Bucket, Piece
+from ringfold.parallel.bucket import Bucket, Piece, Slot
+from ringfold.parallel.zero.rest import Rest
 from torch import nn
 
 __all__ = ["Cut", "Cuts"]
@@ -17,43 +19,57 @@ Cut = tuple[Piece, nn.Parameter]  # a piece, and the parameter that the optimize
 
 
 class Cuts:
-    """What one rank owns, bucket by bucket."""
+    """What one rank owns, bucket by bucket; masters lie where `rest` says."""
 
-    def __init__(self) -> None:
+    def __init__(self, rest: Rest) -> None:
         self.of: dict[Bucket, list[Cut]] = {}
-        self._masters: list[torch.Tensor] = []
-        self._homes: list[torch.Tensor] = []
+        self.homes: dict[Bucket, torch.Tensor] = {}  # this rank's range, as it is computed with
+        self.masters: dict[Bucket, torch.Tensor] = {}  # the same range, where the optimizer has another copy of it
+        self._rest = rest
+        self._begins: dict[Bucket, int] = {}  # of this rank's range
 
-    def add(self, bucket: Bucket, rank: int, range_of_rank: torch.Tensor) -> None:
-        """Cut a bucket whose parameters still have their first values; `range_of_rank` holds what the rank owns, in the bucket's dtype."""
-        begin = bucket.range(rank).start
-        cuts: list[Cut] = []
-        for piece in bucket.pieces(rank):
-            original = piece.slot.parameter
-            home = range_of_rank[piece.slot.start + piece.start - begin :][: piece.numel]
-            values = home
-            if original.dtype != bucket.dtype:
-                values = original.detach().reshape(-1)[piece.start : piece.stop].clone()
-                self._masters.append(values)
-                self._homes.append(home)
-            cuts.append((piece, nn.Parameter(values, requires_grad=original.requires_grad)))
-        self.of[bucket] = cuts
+    def add(self, bucket: Bucket, rank: int, home: torch.Tensor) -> None:
+        """Cut a bucket, whose values `fill` then gives; `home` holds what the rank owns, in the bucket's dtype."""
+        trained = home
+        original = bucket.slots[0].parameter
+        if original.dtype != bucket.dtype or self._rest.needs_masters:
+            trained = self.masters[bucket] = self._rest.new_master(home.numel(), original.dtype, bucket.device)
+        self.homes[bucket] = home
+        self._begins[bucket] = bucket.range(rank).start
+        self.of[bucket] = [
+            (piece, nn.Parameter(trained[self.start(bucket, piece) :][: piece.numel], requires_grad=original.requires_grad))
+            for piece in bucket.pieces(rank)
+        ]
+
+    def start(self, bucket: Bucket, piece: Piece) -> int:
+        """Return where a piece begins in this rank's range."""
+        return piece.slot.start + piece.start - self._begins[bucket]
+
+    def fill(self, bucket: Bucket, slot: Slot, values: torch.Tensor) -> None:
+        """Give this rank's piece of a parameter, if it has any, its values; `values` are the whole parameter's, before they are rounded."""
+        for piece, mine in self.of[bucket]:
+            if piece.slot is slot:
+                part = values.reshape(-1)[piece.start : piece.stop]
+                mine.detach().copy_(part)
+                if bucket in self.masters:
+                    self.homes[bucket][self.start(bucket, piece) :][: piece.numel].copy_(part)
 
     @property
     def have_masters(self) -> bool:
-        """Whether any piece is computed with in another precision than it is trained in."""
-        return bool(self._masters)
+        """Whether what is trained is not what is computed with, on this rank or another."""
+        return bool(self.masters)
 
     @property
     def masters_nbytes(self) -> int:
-        return sum(master.nbytes for master in self._masters)
+        """Bytes of masters in memory."""
+        return sum(master.nbytes for master in self.masters.values() if not self._rest.holds(master))
 
     def write_back(self) -> None:
         """Round the masters into the memory that is computed with."""
-        if self._masters:
-            torch._foreach_copy_(self._homes, self._masters)
+        for bucket, master in self.masters.items():
+            self.homes[bucket].copy_(master, non_blocking=True)
 
     def clear(self) -> None:
         self.of.clear()
-        self._masters.clear()
-        self._homes.clear()
+        self.masters.clear()
+        self.homes.clear()

@@ -23,6 +23,7 @@ from ringfold.parallel.blocks import NO_BLOCK, find_blocks, parameters_by_block
 from ringfold.parallel.bucket import Bucket, DtypeOf, own_dtype
 from ringfold.parallel.zero.cuts import Cuts
 from ringfold.parallel.zero.group import ShardGroup
+from ringfold.parallel.zero.rest import Rest
 from ringfold.parallel.zero.units import Unit
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -33,19 +34,21 @@ SLOTS = 2  # the block that runs, and the one that comes next
 
 
 class GatheredParameters:
-    """Move the parameters of a module into shards over `group`; `cuts` are then the pieces of this rank, in the order of backward."""
+    """Move the parameters of a module into shards over `group`; add to `cuts` the pieces of this rank, in the order of backward."""
 
-    def __init__(self, module: nn.Module, group: ShardGroup, blocks: Sequence[str] | None = None, dtype_of: DtypeOf = own_dtype) -> None:
+    def __init__(
+        self, module: nn.Module, group: ShardGroup, cuts: Cuts, rest: Rest, blocks: Sequence[str] | None = None, dtype_of: DtypeOf = own_dtype
+    ) -> None:
         self._module = module
         self._group = group
         found = find_blocks(module, blocks)
         buckets: list[Bucket] = []
         self._units: list[Unit] = []
         self._unit_of: dict[nn.Module, Unit] = {}
-        self.cuts = Cuts()
+        self._cuts = cuts
         for name, named in reversed(parameters_by_block(module, found).items()):
             if named:
-                unit = Unit(name, named, group, buckets, self.cuts, dtype_of)
+                unit = Unit(name, named, group, buckets, self._cuts, dtype_of, rest)
                 buckets += unit.buckets
                 self._units.append(unit)
                 self._unit_of[module if name == NO_BLOCK else found[name]] = unit
@@ -95,7 +98,6 @@ class GatheredParameters:
                 f"parameters have left the memory that ZeRO keeps them in: {', '.join(moved)}. Assigning to `.data`, or moving or converting the "
                 "model, does that. Change them inside `gathered(write=True)`, or before the model is sharded."
             )
-        self.cuts.write_back()
         self._forget()
 
     @contextmanager
@@ -133,7 +135,6 @@ class GatheredParameters:
         self._unit_of.clear()
         self._free.clear()
         self._common_memory = None
-        self.cuts.clear()
 
     # -- forward ----------------------------------------------------------------------------------------------------------------------
 

@@ -62,9 +62,10 @@ class _Shard(Filling):
 class ShardedGradients(GradientReducer[_Shard]):
     """Sum gradients into shards of 1 / N over `group`; `cuts` are, for each bucket, the pieces that this rank owns.
 
-    Gradients are reduced in the dtype of their buckets, those of 16 bits in `reduce_dtype` if that is given, and shards have the dtype of
-    what is trained. narrow: they have that of the buckets, `grad` of the pieces stays None, and `of` tells what the optimizer is to be given; a step
-    has one backward. exact: each backward is folded over ranks in pairs at once, and those of a step in a binary counter, until `combine()`.
+    Gradients are reduced in the dtype of their buckets, those of 16 bits in `reduce_dtype` if that is given, and shards have the dtype of what is
+    trained; narrow: that of the buckets, and a step has one backward. is_apart, as all narrow ones: `grad` of the pieces, which have another dtype
+    or device, stays None, and `of` tells what the optimizer is to be given. exact: each backward is folded over ranks in pairs at once, and those
+    of a step in a binary counter, until `combine()`.
     """
 
     def __init__(
@@ -78,14 +79,15 @@ class ShardedGradients(GradientReducer[_Shard]):
         exact: bool = False,
         reduce_dtype: torch.dtype | None = None,
         narrow: bool = False,
+        is_apart: bool = False,
     ) -> None:
         super().__init__(named_parameters, group.whole, averaged)
         self._group = group
         self._accumulates_locally = accumulates_locally
         self._exact = exact
         self._reduce_dtype = reduce_dtype
-        self.narrow = narrow
-        self._narrow_grads: dict[int, torch.Tensor] = {}  # by id of the optimizer's parameter
+        self.is_apart = narrow or is_apart
+        self._apart: dict[int, torch.Tensor] = {}  # by id of the optimizer's parameter
         fillings, marks = [], 0
         for bucket, mine in cuts.items():
             # zeros in the gaps too: what is reduced must be a number
@@ -116,19 +118,22 @@ class ShardedGradients(GradientReducer[_Shard]):
 
     def of(self, piece: nn.Parameter) -> torch.Tensor | None:
         """Return the gradient of a piece, in the dtype in which it is kept."""
-        return self._narrow_grads.get(id(piece)) if self.narrow else piece.grad
-
-    def buckets(self) -> Iterator[list[nn.Parameter]]:
-        """Yield the optimizer's parameters of this rank, bucket by bucket."""
-        for filling in self._buckets:
-            yield [parameter for _, parameter in filling.cuts]
+        return self._apart.get(id(piece)) if self.is_apart else piece.grad
 
     def drop(self) -> None:
         """Forget the gradients of a step."""
-        self._narrow_grads.clear()
-        for parameters in self.buckets():
-            for parameter in parameters:
+        self._apart.clear()
+        for filling in self._buckets:
+            for _, parameter in filling.cuts:
                 parameter.grad = None
+
+    def _give(self, piece: nn.Parameter, grad: torch.Tensor | None) -> None:
+        if not self.is_apart:
+            piece.grad = grad
+        elif grad is None:
+            self._apart.pop(id(piece), None)
+        else:
+            self._apart[id(piece)] = grad
 
     @property
     def shards_nbytes(self) -> int:
@@ -153,7 +158,7 @@ class ShardedGradients(GradientReducer[_Shard]):
             assert filling.counter is not None  # narrows the type: exact mode
             filling.counter.take(filling.shard)
             for (piece, parameter), grad in zip(filling.cuts, filling.grads, strict=True):
-                parameter.grad = grad if used[filling.first_mark + piece.slot.position] else None
+                self._give(parameter, grad if used[filling.first_mark + piece.slot.position] else None)
 
     def begin(self) -> None:
         super().begin()
@@ -211,7 +216,7 @@ class ShardedGradients(GradientReducer[_Shard]):
                 pair.all_reduce(flat)
             filling.work = Work()
             return
-        filling.held = [held or parameter.grad is not None for held, (_, parameter) in zip(filling.held, filling.cuts, strict=True)]
+        filling.held = [held or self.of(parameter) is not None for held, (_, parameter) in zip(filling.held, filling.cuts, strict=True)]
         is_direct = not any(filling.held) and flat.dtype == filling.shard.dtype
         output = filling.shard if is_direct else flat[filling.bucket.range(self._group.rank)]  # which are one where the buffer is kept
         filling.work = self._group.shard.reduce_scatter(output, flat, "avg" if self._averaged else "sum", async_op=True)
@@ -230,11 +235,7 @@ class ShardedGradients(GradientReducer[_Shard]):
         used = self._used.tolist()
         for filling in self._buckets:
             for (piece, parameter), grad, held in zip(filling.cuts, filling.grads, filling.held, strict=True):
-                present = held or used[filling.first_mark + piece.slot.position]
-                if self.narrow:
-                    self._narrow_grads.update({id(parameter): grad} if present else {})
-                else:
-                    parameter.grad = grad if present else None
+                self._give(parameter, grad if held or used[filling.first_mark + piece.slot.position] else None)
             filling.held = [False] * len(filling.cuts)
             if filling.is_kept:
                 for slot in filling.bucket.slots:
@@ -264,8 +265,8 @@ class ShardedGradients(GradientReducer[_Shard]):
             for (_, parameter), grad, held in zip(filling.cuts, filling.grads, filling.held, strict=True):
                 if not held:
                     grad.zero_()
-                elif parameter.grad is not None and parameter.grad.data_ptr() != grad.data_ptr():
-                    grad.copy_(parameter.grad)  # the user's own tensor
+                elif (own := self.of(parameter)) is not None and own.data_ptr() != grad.data_ptr():
+                    grad.copy_(own)  # the user's own tensor
             filling.shard.add_(total)
         elif not is_direct and not filling.is_kept:
             filling.shard.copy_(total)
@@ -273,15 +274,16 @@ class ShardedGradients(GradientReducer[_Shard]):
 
     def _put_aside(self, filling: _Shard) -> None:
         """Where a bucket's own buffer is about to be filled, and its pieces have gradients of earlier backwards in it, keep these."""
-        if not filling.is_kept or all(parameter.grad is None for _, parameter in filling.cuts):
+        if not filling.is_kept or all(self.of(parameter) is None for _, parameter in filling.cuts):
             return
         filling.earlier = torch.zeros_like(filling.shard) if filling.earlier is None else filling.earlier
         begin = filling.bucket.range(self._group.rank).start
         for number, (piece, parameter) in enumerate(filling.cuts):
-            if parameter.grad is not None:
+            grad = self.of(parameter)
+            if grad is not None:
                 filling.held[number] = True
-                filling.earlier[piece.slot.start + piece.start - begin :][: piece.numel].add_(parameter.grad)
-                parameter.grad = None
+                filling.earlier[piece.slot.start + piece.start - begin :][: piece.numel].add_(grad)
+                self._give(parameter, None)
 
     def _acquire(self, filling: _Shard) -> None:
         """Give a bucket a buffer: a free one, or that of the bucket which was sent first."""

@@ -16,23 +16,25 @@ from ringfold.collectives.errors import ConfigError
 from torch import nn
 from torch.optim import Optimizer
 
-__all__ = ["cut", "require_elementwise"]
+__all__ = ["States", "cut", "is_elementwise", "require_elementwise"]
+
+States = dict[int, dict[str, torch.dtype]]  # by id of a piece: what the optimizer will keep for each of its elements
 
 PROBE = (2, 96)  # cut at 64 elements, as buckets cut
 AGREES = 1e-5  # relative; a float32 step that is elementwise agrees to some 1e-7, one that is not by far less
 
 
-def cut(optimizer: Optimizer, pieces: Mapping[int, tuple[nn.Parameter | None, int]]) -> None:
-    """Put this rank's piece of every parameter in the parameter's place, and cut state that the optimizer has made already.
+def cut(optimizer: Optimizer, pieces: Mapping[int, tuple[nn.Parameter | None, int]]) -> States:
+    """Put this rank's piece of every parameter in the parameter's place, cut state that the optimizer has made already, and return what it will make.
 
     pieces: by id of the parameter, the piece (None where this rank has none of it) and the index of its first element.
 
     Raises:
         ConfigError: the optimizer is not elementwise.
     """
-    require_elementwise(optimizer)
+    kinds, states = require_elementwise(optimizer), States()
     state, optimizer.state = optimizer.state, defaultdict(dict)
-    for group in optimizer.param_groups:
+    for group, kept_state in zip(optimizer.param_groups, kinds, strict=True):
         names = group.get("param_names")
         kept = [number for number, parameter in enumerate(group["params"]) if pieces[id(parameter)][0] is not None]
         originals = [group["params"][number] for number in kept]
@@ -40,20 +42,26 @@ def cut(optimizer: Optimizer, pieces: Mapping[int, tuple[nn.Parameter | None, in
         if names is not None:
             group["param_names"] = [names[number] for number in kept]
         for parameter, piece in zip(originals, group["params"], strict=True):
+            states[id(piece)] = {key: piece.dtype if dtype == torch.float32 else dtype for key, dtype in kept_state.items()}
             if parameter in state:
                 start = pieces[id(parameter)][1]
                 optimizer.state[piece] = {key: _cut_value(key, value, parameter, start, piece.numel()) for key, value in state[parameter].items()}
+    return states
 
 
-def require_elementwise(optimizer: Optimizer) -> None:
-    """Refuse an optimizer whose step on a parameter in pieces is not its step on the whole.
+def require_elementwise(optimizer: Optimizer) -> list[dict[str, torch.dtype]]:
+    """Refuse an optimizer whose step on a parameter in pieces is not its step on the whole; return the elementwise state it makes, for each group.
+
+    The dtypes are those for a float32 parameter.
 
     Raises:
         ConfigError: naming it, with what was seen.
     """
     name = type(optimizer).__name__
     advice = "ZeRO cuts parameters into pieces, so it needs an elementwise optimizer (SGD, Adam, AdamW, RMSprop, Adagrad, ...), or zero0."
+    kinds: list[dict[str, torch.dtype]] = []
     for group in optimizer.param_groups:
+        kinds.append({})
         if not group["params"]:
             continue
         generator = torch.Generator().manual_seed(0)
@@ -61,7 +69,7 @@ def require_elementwise(optimizer: Optimizer) -> None:
         whole = [values.clone()]
         pieces = [values.view(-1)[:64].clone(), values.view(-1)[64:].clone()]
         try:
-            _steps(optimizer, group, whole, [[grad] for grad in grads])
+            kinds[-1] = _steps(optimizer, group, whole, [[grad] for grad in grads])
             _steps(optimizer, group, pieces, [[grad.view(-1)[:64].clone(), grad.view(-1)[64:].clone()] for grad in grads])
         except Exception as error:  # whatever somebody's optimizer raises
             raise ConfigError(
@@ -70,10 +78,11 @@ def require_elementwise(optimizer: Optimizer) -> None:
         apart = (torch.cat(pieces).view(PROBE) - whole[0]).abs().max() / whole[0].abs().max()
         if not apart <= AGREES:
             raise ConfigError(f"optimizer: {name} on a parameter in two pieces differs by {float(apart):.1e} from its step on the whole. {advice}")
+    return kinds
 
 
-def _steps(optimizer: Optimizer, group: Mapping[str, Any], values: list[torch.Tensor], grads: list[list[torch.Tensor]]) -> None:
-    """Step a copy of the optimizer, with the options of one group, on other values."""
+def _steps(optimizer: Optimizer, group: Mapping[str, Any], values: list[torch.Tensor], grads: list[list[torch.Tensor]]) -> dict[str, torch.dtype]:
+    """Step a copy of the optimizer, with the options of one group, on other values; return what it then keeps for each element."""
     parameters = [nn.Parameter(value) for value in values]  # shares the values' memory
     probe = object.__new__(type(optimizer))
     probe.__dict__.update(optimizer.__dict__)
@@ -90,23 +99,24 @@ def _steps(optimizer: Optimizer, group: Mapping[str, Any], values: list[torch.Te
         for parameter, grad in zip(parameters, of_step, strict=True):
             parameter.grad = grad.clone()
         probe.step()
+    return {key: value.dtype for key, value in probe.state[parameters[0]].items() if is_elementwise(key, value, parameters[0])}
 
 
 def _like(key: str, value: Any, example: nn.Parameter, parameter: nn.Parameter) -> Any:
     """Return initial state for a parameter, after that of another one."""
     if not isinstance(value, torch.Tensor):
         return value
-    if _is_elementwise(key, value, example):
+    if is_elementwise(key, value, example):
         return torch.full_like(parameter, float(value.reshape(-1)[0]) if value.numel() else 0.0, dtype=value.dtype)
     return value.detach().cpu().clone()
 
 
 def _cut_value(key: str, value: Any, parameter: nn.Parameter, start: int, numel: int) -> Any:
-    if _is_elementwise(key, value, parameter):
+    if is_elementwise(key, value, parameter):
         return value.reshape(-1)[start : start + numel].clone()
     return value
 
 
-def _is_elementwise(key: str, value: Any, parameter: nn.Parameter) -> bool:
+def is_elementwise(key: str, value: Any, parameter: nn.Parameter) -> bool:
     """Tell whether a state has an entry for each element; `step` of a parameter with one element has its shape and is a count."""
     return isinstance(value, torch.Tensor) and value.shape == parameter.shape and key != "step"

@@ -17,21 +17,22 @@ __all__ = ["FlatParameters"]
 
 
 class FlatParameters:
-    """Move the parameters of `buckets` into flat memory; `cuts` are then the pieces of this rank, as parameters that share it.
+    """Move the parameters of `buckets` into flat memory, and add to `cuts` the pieces of this rank, as parameters that share it.
 
     The parameters keep their identity, names, shapes and strides.
     """
 
-    def __init__(self, buckets: Sequence[Bucket], group: ShardGroup) -> None:
+    def __init__(self, buckets: Sequence[Bucket], group: ShardGroup, cuts: Cuts) -> None:
         self._group = group
         self._flats: list[tuple[Bucket, torch.Tensor]] = []
-        self.cuts = Cuts()
+        self._cuts = cuts
         for bucket in buckets:
             flat = group.whole.empty(bucket.numel, dtype=bucket.dtype, device=bucket.device).zero_()
+            self._cuts.add(bucket, group.rank, flat[bucket.range(group.rank)])
             for slot in bucket.slots:
-                slot.view(flat).copy_(slot.parameter.detach())
-            self.cuts.add(bucket, group.rank, flat[bucket.range(group.rank)])
-            for slot in bucket.slots:
+                values = slot.parameter.detach()
+                slot.view(flat).copy_(values)
+                self._cuts.fill(bucket, slot, values)
                 slot.parameter.data = slot.view(flat)
             self._flats.append((bucket, flat))
 
@@ -57,7 +58,6 @@ class FlatParameters:
                 f"parameters have left the memory that ZeRO keeps them in: {', '.join(moved)}. Assigning to `.data`, or moving or converting the "
                 "model, does that. Change them in place, or before the model is sharded."
             )
-        self.cuts.write_back()
         comm = self._group.shard
         works = [comm.all_gather(flat, flat[bucket.range(comm.rank)], async_op=True) for bucket, flat in reversed(self._flats)]
         for work in works:
@@ -70,4 +70,3 @@ class FlatParameters:
             for slot in bucket.slots:
                 slot.parameter.data = slot.parameter.detach().clone()
         self._flats.clear()
-        self.cuts.clear()

@@ -22,10 +22,13 @@ from ringfold.collectives.communicator import Communicator
 from ringfold.parallel.bucket import DtypeOf, own_dtype, partition
 from ringfold.parallel.buckets import FIRST_BUCKET_MB
 from ringfold.parallel.zero import optimizer as zero_optimizer
+from ringfold.parallel.zero.bucketwise import BucketwiseStep
+from ringfold.parallel.zero.cuts import Cuts
 from ringfold.parallel.zero.gathering import GatheredParameters
 from ringfold.parallel.zero.gradients import ShardedGradients
 from ringfold.parallel.zero.group import ShardGroup
 from ringfold.parallel.zero.parameters import FlatParameters
+from ringfold.parallel.zero.rest import Rest
 from torch import nn
 from torch.optim import Optimizer
 
@@ -37,6 +40,7 @@ class Sharding:
 
     dtype_of: in which precision each parameter is computed with; where that is not its own, what is trained is a master copy of the piece.
     one_backward: there is one in a step, so gradients that have masters may be kept in 16 bits, and are given to the optimizer by `step`.
+    offload: "cpu" or "nvme=DIR", where masters, the optimizer's state and, under stage 3, parameters rest (rest.py).
     reduce_dtype: in which gradients of 16 bits are summed over ranks, their own by default.
     exact: gradients, and `norm`, are the same bits however many ranks there are (a power of two) and whatever the stage and group.
     Every rank holds the same parameters before (`broadcast_state`). `averaged`: gradients are averages over ranks, else sums.
@@ -59,9 +63,11 @@ class Sharding:
         dtype_of: DtypeOf = own_dtype,
         reduce_dtype: torch.dtype | None = None,
         one_backward: bool = False,
+        offload: str | None = None,
     ) -> None:
         self.stage = stage
         named = list(module.named_parameters())
+        self._rest = Rest(offload, named[0][1].device if named else torch.device("cpu"))
         trained = [(name, parameter) for name, parameter in named if parameter.requires_grad]
         self._trained_dtypes = {id(parameter): parameter.dtype for _, parameter in named}
         for name, parameter in named:
@@ -69,12 +75,16 @@ class Sharding:
             if stage < 3 and not parameter.requires_grad:
                 parameter.data = parameter.detach().to(dtype_of(name, parameter))
         self._group = ShardGroup(comm, group_size, exact)
+        self.cuts = cuts = Cuts(self._rest)
         if stage == 3:
-            self._parameters: FlatParameters | GatheredParameters = GatheredParameters(module, self._group, blocks, dtype_of)
+            self._parameters: FlatParameters | GatheredParameters = GatheredParameters(module, self._group, cuts, self._rest, blocks, dtype_of)
         else:
             limit, first = int(bucket_mb * 2**20), int(FIRST_BUCKET_MB * 2**20)
-            self._parameters = FlatParameters(partition(trained, limit, first_nbytes=first, ranks=self._group.size, dtype_of=dtype_of), self._group)
-        cuts = self._parameters.cuts
+            align = self._rest.range_alignment
+            buckets = partition(trained, limit, first_nbytes=first, ranks=self._group.size, dtype_of=dtype_of, range_alignment=align)
+            self._parameters = FlatParameters(buckets, self._group, cuts)
+        if self._rest.file is not None:
+            self._rest.file.forget_pages()
         self.gradients = ShardedGradients(
             named,
             {bucket: mine for bucket, mine in cuts.of.items() if bucket.slots[0].parameter.requires_grad},
@@ -84,9 +94,11 @@ class Sharding:
             exact=exact,
             reduce_dtype=reduce_dtype,
             narrow=one_backward and cuts.have_masters and not exact and reduce_dtype is None,
+            is_apart=self._rest.needs_masters,
         )
         self._slot_of = {id(slot.parameter): (slot, bucket) for bucket in cuts.of for slot in bucket.slots}
         self._cut_of = {id(piece.slot.parameter): (piece, mine) for each in cuts.of.values() for piece, mine in each}
+        self._bucketwise: BucketwiseStep | None = None
         self._is_stepping = False
         self._factor = 1.0  # that the optimizer's gradients had, where those that are kept lack it
         self.pieces = [mine for _, mine in self._cut_of.values()]
@@ -110,33 +122,43 @@ class Sharding:
         whole: dict[int, tuple[nn.Parameter | None, int]] = {id(p): (p, 0) for group in optimizer.param_groups for p in group["params"]}
         mine = {key: (parameter, piece.start) for key, (piece, parameter) in self._cut_of.items()}
         nothing = dict.fromkeys(self._slot_of, (None, 0))
-        zero_optimizer.cut(optimizer, {**whole, **nothing, **mine})
+        states = zero_optimizer.cut(optimizer, {**whole, **nothing, **mine})
+        if self.gradients.is_apart or self._rest.is_elsewhere:
+            self._bucketwise = BucketwiseStep(optimizer, self.cuts, self._rest.file, states)
         optimizer.register_step_post_hook(lambda *_: None if self._is_stepping else self.publish())
 
     def step(self, optimizer: Optimizer, factor: float) -> None:
-        """Step on gradients times `factor`.
-
-        Those that are kept in 16 bits are given in the masters' dtype a bucket at a time, and the optimizer steps once for each: a parameter without
-        a gradient it leaves alone.
-        """
-        if not self.gradients.narrow:
-            grads = [piece.grad for piece in self.pieces if piece.grad is not None]
-            if factor != 1.0 and grads:
-                torch._foreach_mul_(grads, factor)
+        """Step on gradients times `factor`."""
+        grads = [piece.grad for piece in self.pieces if piece.grad is not None]
+        if factor != 1.0 and grads:
+            torch._foreach_mul_(grads, factor)
+        if self._bucketwise is None:
             optimizer.step()
             return
+        self._factor = factor
+        whole = {id(piece): piece.grad for piece in self.pieces}  # none where gradients are apart
+
+        def gradient_of(piece: nn.Parameter) -> torch.Tensor | None:
+            if not self.gradients.is_apart:
+                return whole[id(piece)]
+            kept = self.gradients.of(piece)
+            return None if kept is None else kept.to(piece.device, piece.dtype, copy=True).mul_(factor)
+
+        for piece in self.pieces:
+            piece.grad = None
         self._is_stepping = True
         try:
-            for pieces in self.gradients.buckets():
-                kept = [self.gradients.of(piece) for piece in pieces]
-                for piece, grad in zip(pieces, kept, strict=True):
-                    piece.grad = None if grad is None else grad.to(piece.dtype, copy=True).mul_(factor)
-                optimizer.step()
-                for piece in pieces:
-                    piece.grad = None
+            self._bucketwise.step(gradient_of)
         finally:
             self._is_stepping = False
-        self._factor = factor
+        for piece in self.pieces:
+            piece.grad = whole[id(piece)]
+        self._parameters.publish()
+
+    def settle(self) -> None:
+        """Take note that the optimizer's state, or pieces, were loaded."""
+        if self._bucketwise is not None:
+            self._bucketwise.settle()
         self.publish()
 
     def nbytes(self) -> dict[str, int]:
@@ -144,16 +166,22 @@ class Sharding:
         parameters, gathered = self._parameters.nbytes
         return {
             "parameters": parameters,
-            "masters": self._parameters.cuts.masters_nbytes,
+            "masters": self.cuts.masters_nbytes,
             "gradients": self.gradients.shards_nbytes,
             "gradient buffers": self.gradients.buffers_nbytes,
             "gathered blocks": gathered,
+            "offload": 0 if self._bucketwise is None else self._bucketwise.nbytes,
+            "files": 0 if self._rest.file is None else self._rest.file.nbytes,
         }
+
+    def lies_in_file(self, tensor: torch.Tensor) -> bool:
+        """Tell whether a tensor takes no memory."""
+        return self._rest.holds(tensor)
 
     @property
     def has_masters(self) -> bool:
         """Whether what is trained is not what is computed with."""
-        return self._parameters.cuts.have_masters
+        return self.cuts.have_masters
 
     def trained_dtype(self, parameter: nn.Parameter) -> torch.dtype:
         """Return the dtype of a parameter's pieces, on ranks that have none of it, too."""
@@ -169,6 +197,7 @@ class Sharding:
         Raises:
             ConfigError: parameters were moved behind its back.
         """
+        self.cuts.write_back()
         self._parameters.publish()
 
     def grad(self, parameter: nn.Parameter) -> torch.Tensor | None:
@@ -176,7 +205,7 @@ class Sharding:
         if not parameter.requires_grad:
             return None
         found = self._gathered(parameter, self.gradients.of)
-        return found if found is None or not self.gradients.narrow else found.mul_(self._factor)
+        return found if found is None or not self.gradients.is_apart else found.mul_(self._factor)
 
     def value(self, parameter: nn.Parameter) -> torch.Tensor:
         """Return a parameter's whole values as they are trained, in new memory; collective."""
@@ -225,4 +254,6 @@ class Sharding:
         """Give the model back: parameters in memory of their own, no hooks; collective. The optimizer is of no use afterwards."""
         self.gradients.close()
         self._parameters.close()
+        self.cuts.clear()
+        self._rest.close()
         self._group.close()

@@ -1,6 +1,6 @@
 """Unit: the parameters of one block, of which each rank keeps its ranges, and which are gathered into memory that is lent to it.
 
-    shards   | own range of each bucket |                       for good, in registered memory
+    shards   | own range of each bucket |                       for good, in registered memory; offloaded in host memory or a file
     memory   | bucket | bucket |                                lent: whole parameters, while they are needed
 
 Without memory a parameter is one NaN, expanded to its shape: whoever reads it gets NaN and not a stale value, and writing to it raises.
@@ -17,6 +17,8 @@ from ringfold.collectives.work import Work
 from ringfold.parallel.bucket import Bucket, DtypeOf
 from ringfold.parallel.zero.cuts import Cuts
 from ringfold.parallel.zero.group import ShardGroup
+from ringfold.parallel.zero.rest import Rest
+from ringfold.parallel.zero.shard_file import Transfer
 from torch import nn
 
 __all__ = ["Unit"]
@@ -27,18 +29,19 @@ Named = Sequence[tuple[str, nn.Parameter]]
 class Unit:
     """The parameters of `named`, in one bucket for each dtype, trained and frozen apart; none of the buckets is as long as one of `others`.
 
-    What this rank owns of them is added to `cuts`.
+    What this rank owns of them is added to `cuts`, and lies where `rest` says.
     """
 
-    def __init__(self, name: str, named: Named, group: ShardGroup, others: Sequence[Bucket], cuts: Cuts, dtype_of: DtypeOf) -> None:
+    def __init__(self, name: str, named: Named, group: ShardGroup, others: Sequence[Bucket], cuts: Cuts, dtype_of: DtypeOf, rest: Rest) -> None:
         self.name = name
         self._group = group
+        self._rest = rest
         kinds: dict[tuple[torch.dtype, torch.dtype, bool], list[tuple[str, nn.Parameter]]] = {}
         for pair in reversed(named):
             kinds.setdefault((dtype_of(*pair), pair[1].dtype, pair[1].requires_grad), []).append(pair)
         self.buckets: list[Bucket] = []
         for (dtype, _, _), members in kinds.items():
-            self.buckets.append(Bucket(members, group.size, [*others, *self.buckets], dtype))
+            self.buckets.append(Bucket(members, group.size, [*others, *self.buckets], dtype, rest.range_alignment))
         self.nbytes = sum(bucket.nbytes for bucket in self.buckets)
         self.memory: torch.Tensor | None = None  # bytes, in which this unit's parameters are, or are arriving
         self.is_shown = False
@@ -46,22 +49,23 @@ class Unit:
         self._views: list[torch.Tensor] = []  # the parameters in it
         self._seen: dict[int, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}  # both, of memory that is lent again and again
         self._works: list[Work] = []
+        self._transfers: list[Transfer] = []
         self._shards: list[torch.Tensor] = []
         self._absent: list[torch.Tensor] = []
         for bucket in self.buckets:
-            whole = torch.zeros(bucket.numel, dtype=bucket.dtype, device=bucket.device)
-            for slot in bucket.slots:
-                slot.view(whole).copy_(slot.parameter.detach())
-                self._absent.append(torch.full((), float("nan"), device=bucket.device).to(bucket.dtype).expand(slot.shape))
-            shard = group.whole.empty(bucket.numel // group.size, dtype=bucket.dtype, device=bucket.device)
-            shard.copy_(whole[bucket.range(group.rank)])
+            shard = rest.new(group.whole, bucket.numel // group.size, bucket.dtype, bucket.device)
             self._shards.append(shard)
             cuts.add(bucket, group.rank, shard)
+            for slot in bucket.slots:
+                cuts.fill(bucket, slot, slot.parameter.detach())
+                self._absent.append(torch.full((), float("nan"), device=bucket.device).to(bucket.dtype).expand(slot.shape))
+                slot.parameter.data = self._absent[-1]
         self.hide()
 
     @property
     def shards_nbytes(self) -> int:
-        return sum(shard.nbytes for shard in self._shards)
+        """Bytes of memory that this rank's ranges take."""
+        return 0 if self._rest.file is not None else sum(shard.nbytes for shard in self._shards)
 
     @property
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -77,8 +81,17 @@ class Unit:
             if not once:
                 self._seen[memory.data_ptr()] = known
         self._flats, self._views = known
-        started = [self._group.shard.all_gather(flat, shard, async_op=True) for flat, shard in zip(self._flats, self._shards, strict=True)]
-        self._works = [work for work in started if work is not None]
+        mine = [flat[bucket.range(self._group.rank)] for bucket, flat in zip(self.buckets, self._flats, strict=True)]
+        file = self._rest.file
+        if file is not None:
+            self._transfers = [file.fetch(shard, part) for shard, part in zip(self._shards, mine, strict=True)]
+            return
+        if self._rest.is_elsewhere:
+            for shard, part in zip(self._shards, mine, strict=True):
+                part.copy_(shard, non_blocking=True)
+            self._gather(mine)
+        else:
+            self._gather(self._shards)
 
     def show(self) -> None:
         """Wait for the parameters, and let them be seen."""
@@ -112,7 +125,16 @@ class Unit:
         slots = [slot for bucket in self.buckets for slot in bucket.slots]
         return [s.name for s, there in zip(slots, expected, strict=True) if s.numel and s.parameter.data_ptr() != there.data_ptr()]
 
+    def _gather(self, shards: Sequence[torch.Tensor]) -> None:
+        started = [self._group.shard.all_gather(flat, shard, async_op=True) for flat, shard in zip(self._flats, shards, strict=True)]
+        self._works = [work for work in started if work is not None]
+
     def _wait(self) -> None:
+        transfers, self._transfers = self._transfers, []
+        for transfer in transfers:
+            transfer.wait()
+        if transfers:  # not sooner: all ranks have to begin their collectives in one order, and disks are not equally fast
+            self._gather([flat[bucket.range(self._group.rank)] for bucket, flat in zip(self.buckets, self._flats, strict=True)])
         works, self._works = self._works, []
         for work in works:
             work.wait()

@@ -93,7 +93,7 @@ def train(world: Communicator, layout: str, loss: str, fused: bool, folder: Path
 
 
 @pytest.mark.parametrize(("loss", "fused"), [("torch", True), ("pair", False), ("weighted", True)])
-def test_every_width_and_stage_has_the_same_bits(loss: str, fused: bool) -> None:
+def test_every_width_stage_and_resting_place_has_the_same_bits(loss: str, fused: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)
     (expected,) = run_ranks(1, train, "", loss, fused)
     layouts = [
@@ -105,6 +105,11 @@ def test_every_width_and_stage_has_the_same_bits(loss: str, fused: bool) -> None
         (2, "zero3 recompute"),
         (4, "zero1:group2 recompute"),
         (1, "recompute"),
+        (1, f"zero1:nvme={tmp_path}"),
+        (2, "zero2:cpu recompute"),
+        (2, f"zero2:nvme={tmp_path}"),
+        (2, f"zero3:nvme={tmp_path} recompute"),
+        (4, f"zero3:nvme={tmp_path}:group2"),
     ]
     for size, layout in layouts:
         for found in run_ranks(size, train, layout, loss, fused):
