@@ -5,6 +5,7 @@
       CommunicationError  ConnectError, AuthenticationError, PeerLost, CollectiveTimeout, CollectiveMismatch
       CheckpointError     Incomplete, Corrupt, Incompatible
       LaunchError
+      OutOfMemory
 
 A message says what was seen, on which rank, in which operation, what was expected, and what to do next. `exit_code` is what a
 command ends with: 2 when the input was wrong and nothing was started, 1 when something that ran has failed.
@@ -28,6 +29,7 @@ __all__ = [
     "Incomplete",
     "LaunchError",
     "LayoutError",
+    "OutOfMemory",
     "PeerLost",
     "PrecisionError",
     "RingfoldError",
@@ -103,6 +105,10 @@ class LaunchError(RingfoldError):
     """A worker process could not be started."""
 
     exit_code = 2
+
+
+class OutOfMemory(RingfoldError):
+    """Memory for a train step could not be had; the message says what has it, and which layouts need less."""
 
 
 def nearest(word: str, choices: Iterable[str]) -> str | None:

@@ -18,6 +18,7 @@ from ringfold.collectives.errors import ConfigError
 from ringfold.parallel.bucket import Bucket, Slot, partition
 from ringfold.parallel.reducer import CONVERTED, Filling, GradientReducer, dense_gradient
 from ringfold.parallel.sparse import reduce_sparse
+from ringfold.parallel.traffic import Traffic
 from torch import nn
 
 __all__ = ["FIRST_BUCKET_MB", "GradientBuckets"]
@@ -63,6 +64,11 @@ class GradientBuckets(GradientReducer[_Flat]):
             dense = [(name, parameter) for name, parameter in self._trained if name not in sparse]
             buckets = partition(dense, int(bucket_mb * 2**20), first_nbytes=int(FIRST_BUCKET_MB * 2**20))
             self._open([self._allocate(bucket) for bucket in buckets])
+
+    def traffic(self) -> list[Traffic]:
+        if not self._buckets:
+            return []
+        return [Traffic("gradients", "all_reduce", len(self._buckets), sum(filling.flat.nbytes for filling in self._buckets), self._comm.size)]
 
     def begin(self) -> None:
         super().begin()

@@ -22,6 +22,7 @@ from ringfold.collectives.errors import CommunicationError, ConfigError
 from ringfold.collectives.work import Work
 from ringfold.parallel.agreement import require_agreement
 from ringfold.parallel.bucket import Bucket, Slot
+from ringfold.parallel.traffic import Traffic
 from torch import nn
 
 __all__ = ["CONVERTED", "Filling", "GradientReducer", "dense_gradient"]
@@ -79,6 +80,10 @@ class GradientReducer(ABC, Generic[F]):
     def nbytes_of_each(self) -> list[int]:
         """The size of each bucket, in the order in which they are launched."""
         return [filling.bucket.nbytes for filling in self._buckets]
+
+    def traffic(self) -> list[Traffic]:
+        """Return what one reduction sends."""
+        return []
 
     @property
     def is_collecting(self) -> bool:

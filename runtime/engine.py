@@ -16,6 +16,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -37,10 +38,12 @@ from ringfold.parallel.sparse import sparse_parameter_names
 from ringfold.parallel.zero.gradients import ShardedGradients
 from ringfold.parallel.zero.sharding import Sharding
 from ringfold.runtime import checkpoint, exact, gradients, memory
+from ringfold.runtime.activations import activations_nbytes
 from ringfold.runtime.batch import Batch, tensors_in
 from ringfold.runtime.data import ShardedData, shard
 from ringfold.runtime.evaluation import Metric, evaluate, gather_rows
 from ringfold.runtime.exact import ShardRandom, require_no_batch_norm
+from ringfold.runtime.explanation import Explanation, ParameterUse, uses_of_parameters
 from ringfold.runtime.global_mean import GlobalMean, Policy
 from ringfold.runtime.loss import Term, loss_rule, name_of
 from ringfold.runtime.model_state import ModelState
@@ -140,7 +143,7 @@ class Engine:
                 self.module.named_parameters(), self._comm, averaged=False, bucket_mb=bucket_mb, sparse=sparse_parameter_names(self.module)
             )
         self._state = ModelState(self.module, self._sharding, mesh.rank)
-        self.optimizer = make_optimizer(optimizer, self._parameters)
+        self.optimizer = make_optimizer(optimizer, self.module)
         if self._sharding is not None:
             self._sharding.cut(self.optimizer)
         self.scheduler = None if scheduler is None else make_scheduler(scheduler, self.optimizer)
@@ -163,8 +166,21 @@ class Engine:
         """Train on this rank's rows of a global batch and return the global mean loss, the same on every rank.
 
         Raises: ConfigError for a batch or a loss that does not fit the rules, and on every rank if the global batch has no valid target.
+        OutOfMemory, on this rank, with what has the memory and which layouts need less.
         """
         began, waited = time.perf_counter(), self.mesh.seconds_waited
+        try:
+            loss = self._train_step(batch)
+        except (RuntimeError, MemoryError, OSError) as error:
+            if not memory.is_out_of_memory(error):
+                raise
+            shares = self._comm.size if self._sharding is None else self._sharding.group_size
+            raise memory.out_of_memory(error, f"train step {self.step + 1}", self.memory(), self._uses(), self.mesh.layout, shares) from error
+        self.seconds = time.perf_counter() - began
+        self.communication_share = (self.mesh.seconds_waited - waited) / self.seconds
+        return loss
+
+    def _train_step(self, batch: Any) -> float:
         parts = self._microbatches(batch)
         if not self.module.training:
             self.module.train()
@@ -179,8 +195,6 @@ class Engine:
         self.recomputation.finish_step()
         self.step += 1
         self.mesh.world.page.set_progress(self.step)
-        self.seconds = time.perf_counter() - began
-        self.communication_share = (self.mesh.seconds_waited - waited) / self.seconds
         return loss
 
     def eval_step(self, batch: Any) -> dict[str, float]:
@@ -234,9 +248,39 @@ class Engine:
         """
         return self._state.everything(write)
 
-    def memory(self) -> dict[str, int]:
-        """Return the bytes that this rank keeps between steps, by purpose, and what the system counts for the process; not collective."""
-        return memory.account(self.module, self._sharding, self._reducer, self.optimizer)
+    def memory(self, batch: Any = None) -> dict[str, int]:
+        """Return the bytes that this rank keeps between steps, by purpose, and what the system counts for the process; not collective.
+
+        With this rank's rows of a global batch also those of "activations", what the forward of its first microbatch leaves for backward: it is
+        run once, nothing is trained, and it is collective.
+        """
+        found = memory.account(self.module, self._sharding, self._reducer, self.optimizer)
+        if batch is not None:
+            part = (self._microbatches(batch) or [Batch.of(batch).to(self.mesh.device, self._cast)])[0]
+            self.module.train()
+            found["activations"] = activations_nbytes(self.module, lambda: self._measured(part))
+        return found
+
+    def _measured(self, part: Batch) -> Any:
+        output = self._output(part)
+        return self._rule(output, part.target, part.rows) if part.rows else output
+
+    def explain(self, batch: Any = None) -> Explanation:
+        """Return what the layout makes of the model: dtypes of every parameter, what a step sends, bytes of this rank; print it.
+
+        Collective with a `batch`, as `memory`, and not without one.
+
+        The state that an optimizer keeps is known after the first step where nothing is sharded.
+        """
+        traffic = self._reducer.traffic() if self._sharding is None else self._sharding.traffic(self._micro)
+        shares, uses = self._comm.size if self._sharding is None else self._sharding.group_size, self._uses()
+        layout = replace(self.mesh.layout, zero=self.mesh.layout.zero or (0 if self._sharding is None else 2))
+        predicted = memory.predict(uses, layout, shares)
+        recomputation = self.recomputation.explain()
+        return Explanation(str(self.mesh.layout), self.mesh.size, uses, traffic, self.memory(batch), predicted, recomputation)
+
+    def _uses(self) -> list[ParameterUse]:
+        return uses_of_parameters(self.module, self._sharding, self._casting, self.optimizer)
 
     def shard(self, source: Any, **options: Any) -> ShardedData:
         """Return this rank's rows of a source of global batches, as `rf.shard`; `save` and `resume` keep its position."""

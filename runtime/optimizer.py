@@ -13,16 +13,24 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 __all__ = ["make_optimizer", "make_scheduler"]
 
 
-def make_optimizer(factory: Callable[[list[nn.Parameter]], Optimizer], parameters: list[nn.Parameter]) -> Optimizer:
+def make_optimizer(factory: Callable[[list[nn.Parameter]], Optimizer], module: nn.Module) -> Optimizer:
     """Return what the factory makes of a model's parameters.
 
-    Raises: ConfigError for what is no optimizer, calls the model several times a step, or has parameters that are not the model's.
+    Raises: ConfigError for what is no optimizer, calls the model several times a step, has a parameter twice, or some that are not the model's.
     """
-    optimizer = factory(list(parameters))
+    parameters = list(module.parameters())
+    try:
+        optimizer = factory(list(parameters))
+    except ValueError as error:
+        if "more than one parameter group" not in str(error):
+            raise
+        raise ConfigError(f"optimizer: {error}. {_tied(module)}") from error
     if not isinstance(optimizer, Optimizer):
         raise ConfigError(f"optimizer: expected a function of the parameters that returns a torch Optimizer, got {type(optimizer).__name__}.")
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ConfigError("optimizer: LBFGS calls the model several times a step, which train_step does not do. Use another one.")
+    if any(len(set(map(id, group["params"]))) < len(group["params"]) for group in optimizer.param_groups):
+        raise ConfigError(f"optimizer: a group has a parameter twice, and would step on it twice. {_tied(module)}")
     known = set(map(id, parameters))
     strangers = sum(id(p) not in known for group in optimizer.param_groups for p in group["params"])
     if strangers:
@@ -31,6 +39,15 @@ def make_optimizer(factory: Callable[[list[nn.Parameter]], Optimizer], parameter
             "Build it from the list that the function is given."
         )
     return optimizer
+
+
+def _tied(module: nn.Module) -> str:
+    """Return which parameters have several names."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    tied = [" = ".join(alike) for alike in names.values() if len(alike) > 1]
+    return f"Tied, and so to be in one group only: {'; '.join(tied)}." if tied else "No parameter of the model is tied."
 
 
 def make_scheduler(factory: Callable[[Optimizer], LRScheduler], optimizer: Optimizer) -> LRScheduler:

@@ -21,6 +21,7 @@ import torch
 from ringfold.collectives.errors import ConfigError
 from ringfold.parallel.blocks import NO_BLOCK, find_blocks, parameters_by_block
 from ringfold.parallel.bucket import Bucket, DtypeOf, own_dtype
+from ringfold.parallel.traffic import Traffic
 from ringfold.parallel.zero.cuts import Cuts
 from ringfold.parallel.zero.group import ShardGroup
 from ringfold.parallel.zero.rest import Rest
@@ -85,6 +86,24 @@ class GatheredParameters:
         lent = [*self._free, *(unit.memory for unit in self._used if unit.memory is not None)]
         common = 0 if self._common_memory is None else self._common_memory.nbytes
         return sum(unit.shards_nbytes for unit in self._units), sum(memory.nbytes for memory in lent) + common
+
+    def traffic(self, micro: int) -> list[Traffic]:
+        """Return what a step of so many microbatches sends of parameters, if blocks run one after the other and each of them saves a parameter.
+
+        A backward begins with the last SLOTS blocks in memory, and the next forward with the first.
+        """
+        blocks = [unit for unit in reversed(self._units) if unit is not self._common]
+        forward = ([] if self._common is None else [self._common]) + blocks
+        backward = blocks[: max(0, len(blocks) - SLOTS)]
+        again = blocks[SLOTS:]
+        return [
+            self._traffic("parameters in forward", [*forward, *again * (micro - 1)]),
+            self._traffic("parameters in backward", backward * micro),
+        ]
+
+    def _traffic(self, purpose: str, units: Sequence[Unit]) -> Traffic:
+        count = sum(len(unit.buckets) for unit in units)
+        return Traffic(purpose, "all_gather", count, sum(unit.nbytes for unit in units), self._group.size)
 
     def publish(self) -> None:
         """Forget what was gathered: the optimizer has changed the shards.

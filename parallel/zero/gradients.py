@@ -18,6 +18,7 @@ from ringfold.collectives.errors import ConfigError
 from ringfold.collectives.work import Work
 from ringfold.parallel.bucket import Bucket, Slot
 from ringfold.parallel.reducer import CONVERTED, Filling, GradientReducer, dense_gradient
+from ringfold.parallel.traffic import Traffic
 from ringfold.parallel.zero.counter import BinaryCounter
 from ringfold.parallel.zero.cuts import Cut
 from ringfold.parallel.zero.group import ShardGroup
@@ -86,6 +87,7 @@ class ShardedGradients(GradientReducer[_Shard]):
         self._accumulates_locally = accumulates_locally
         self._exact = exact
         self._reduce_dtype = reduce_dtype
+        self.is_narrow = narrow
         self.is_apart = narrow or is_apart
         self._apart: dict[int, torch.Tensor] = {}  # by id of the optimizer's parameter
         fillings, marks = [], 0
@@ -99,7 +101,7 @@ class ShardedGradients(GradientReducer[_Shard]):
             marks += len(bucket.slots)
         self._free: list[torch.Tensor] = []
         if fillings and not accumulates_locally:
-            nbytes = max(bucket.numel * self._dtype_of(bucket).itemsize for bucket in cuts)
+            nbytes = max(bucket.numel * self.dtype_of(bucket).itemsize for bucket in cuts)
             device = next(iter(cuts)).device
             self._free = [self._comm.empty(nbytes, dtype=torch.uint8, device=device).zero_() for _ in range(BUFFERS)]
         self._mine = torch.zeros(max(1, marks), dtype=torch.int32, device="cpu")  # 1 where this rank has a gradient
@@ -145,6 +147,17 @@ class ShardedGradients(GradientReducer[_Shard]):
         """Bytes of the buffers that buckets take in turn, between steps."""
         return sum(buffer.nbytes for buffer in self._free)
 
+    def traffic(self) -> list[Traffic]:
+        count = len(self._buckets)
+        nbytes = sum(filling.bucket.numel * self.dtype_of(filling.bucket).itemsize for filling in self._buckets)
+        flags = Traffic("which parameters were used", "all_reduce", 1, self._used.nbytes, self._comm.size)
+        if self._exact:
+            return [*(Traffic("gradients", "all_reduce", count, nbytes, 2) for _ in self._group.pairs), flags]
+        found = [Traffic("gradients", "reduce_scatter", count, nbytes, self._group.size), flags]
+        if self._group.replicas is not None:
+            found.append(Traffic("gradients between groups", "all_reduce", count, nbytes // self._group.size, self._group.replicas.size))
+        return found
+
     def begin_step(self) -> None:
         """Drop what backwards of a step that failed have left, in exact mode."""
         self._ever_used.zero_()
@@ -179,7 +192,7 @@ class ShardedGradients(GradientReducer[_Shard]):
         yield
         self.finish()
 
-    def _dtype_of(self, bucket: Bucket) -> torch.dtype:
+    def dtype_of(self, bucket: Bucket) -> torch.dtype:
         """Return the dtype in which a bucket is reduced."""
         return self._reduce_dtype if self._reduce_dtype is not None and bucket.dtype.itemsize == 2 else bucket.dtype
 
@@ -290,7 +303,7 @@ class ShardedGradients(GradientReducer[_Shard]):
         if not self._free:
             self._settle(next(sent for sent in self._buckets if sent.work is not None))
         filling.memory = memory = self._free.pop()
-        filling.buffer = memory.view(self._dtype_of(filling.bucket))[: filling.bucket.numel]
+        filling.buffer = memory.view(self.dtype_of(filling.bucket))[: filling.bucket.numel]
         views = filling.views_of.get(memory.data_ptr())
         if views is None:
             views = filling.views_of[memory.data_ptr()] = [slot.view(filling.buffer) for slot in filling.bucket.slots]

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from ringfold.collectives.errors import ConfigError
 from ringfold.parallel.bucket import Bucket
+from ringfold.parallel.traffic import Traffic
 from ringfold.parallel.zero.cuts import Cuts
 from ringfold.parallel.zero.group import ShardGroup
 
@@ -40,6 +41,10 @@ class FlatParameters:
     def nbytes(self) -> tuple[int, int]:
         """Bytes that this rank keeps of parameters, and of memory that they are gathered into."""
         return sum(flat.nbytes for _, flat in self._flats), 0
+
+    def traffic(self, micro: int) -> list[Traffic]:  # noqa: ARG002  the other kind of parameters travels for each microbatch
+        """Return what a step sends of parameters."""
+        return [Traffic("parameters", "all_gather", len(self._flats), sum(flat.nbytes for _, flat in self._flats), self._group.size)]
 
     def publish(self) -> None:
         """Give every rank what the others' optimizers have written.

@@ -21,6 +21,7 @@ import torch
 from ringfold.collectives.communicator import Communicator
 from ringfold.parallel.bucket import DtypeOf, own_dtype, partition
 from ringfold.parallel.buckets import FIRST_BUCKET_MB
+from ringfold.parallel.traffic import Traffic
 from ringfold.parallel.zero import optimizer as zero_optimizer
 from ringfold.parallel.zero.bucketwise import BucketwiseStep
 from ringfold.parallel.zero.cuts import Cuts
@@ -99,9 +100,15 @@ class Sharding:
         self._slot_of = {id(slot.parameter): (slot, bucket) for bucket in cuts.of for slot in bucket.slots}
         self._cut_of = {id(piece.slot.parameter): (piece, mine) for each in cuts.of.values() for piece, mine in each}
         self._bucketwise: BucketwiseStep | None = None
+        self._states: zero_optimizer.States = {}
         self._is_stepping = False
         self._factor = 1.0  # that the optimizer's gradients had, where those that are kept lack it
         self.pieces = [mine for _, mine in self._cut_of.values()]
+
+    @property
+    def group_size(self) -> int:
+        """The number of ranks that share the model."""
+        return self._group.size
 
     def all_reduce(self, tensor: torch.Tensor, op: str = "sum") -> None:
         """Fold what each rank has computed of its own pieces over all that share the model, in place."""
@@ -122,9 +129,9 @@ class Sharding:
         whole: dict[int, tuple[nn.Parameter | None, int]] = {id(p): (p, 0) for group in optimizer.param_groups for p in group["params"]}
         mine = {key: (parameter, piece.start) for key, (piece, parameter) in self._cut_of.items()}
         nothing = dict.fromkeys(self._slot_of, (None, 0))
-        states = zero_optimizer.cut(optimizer, {**whole, **nothing, **mine})
-        if self.gradients.is_apart or self._rest.is_elsewhere:
-            self._bucketwise = BucketwiseStep(optimizer, self.cuts, self._rest.file, states)
+        self._states = zero_optimizer.cut(optimizer, {**whole, **nothing, **mine})
+        if self.gradients.is_narrow or self._rest.is_elsewhere:
+            self._bucketwise = BucketwiseStep(optimizer, self.cuts, self._rest.file, self._states)
         optimizer.register_step_post_hook(lambda *_: None if self._is_stepping else self.publish())
 
     def step(self, optimizer: Optimizer, factor: float) -> None:
@@ -160,6 +167,24 @@ class Sharding:
         if self._bucketwise is not None:
             self._bucketwise.settle()
         self.publish()
+
+    def traffic(self, micro: int) -> list[Traffic]:
+        """Return what a step of so many microbatches sends; the norm, and what the loss needs, are not in it."""
+        rounds = micro if self.gradients.reduces_every_backward else 1
+        found = [each.times(rounds) for each in self.gradients.traffic()] + self._parameters.traffic(micro)
+        return [each for each in found if each.count and each.ranks > 1]
+
+    def gradient_dtypes(self, parameter: nn.Parameter) -> tuple[torch.dtype, torch.dtype]:
+        """Return in which dtype a parameter's gradient is summed over ranks, and in which it is kept."""
+        bucket = self._slot_of[id(parameter)][1]
+        return self.gradients.dtype_of(bucket), bucket.dtype if self.gradients.is_narrow else self.trained_dtype(parameter)
+
+    def state_dtypes(self, parameter: nn.Parameter) -> dict[str, torch.dtype]:
+        """Return the state that the optimizer keeps for each element of a parameter, as far as this rank knows; `cut` comes first."""
+        if id(parameter) in self._cut_of:
+            return self._states.get(id(self._cut_of[id(parameter)][1]), {})
+        alike = (self._states[id(piece)] for piece in self.pieces if id(piece) in self._states and piece.dtype == self.trained_dtype(parameter))
+        return next(alike, {})
 
     def nbytes(self) -> dict[str, int]:
         """Return the bytes that this rank keeps, by purpose; frozen parameters of stages 1 and 2 are not among them."""

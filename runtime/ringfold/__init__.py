@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ringfold.collectives.errors import Incomplete as Incomplete
     from ringfold.collectives.errors import LaunchError as LaunchError
     from ringfold.collectives.errors import LayoutError as LayoutError
+    from ringfold.collectives.errors import OutOfMemory as OutOfMemory
     from ringfold.collectives.errors import PeerLost as PeerLost
     from ringfold.collectives.errors import PrecisionError as PrecisionError
     from ringfold.collectives.errors import RingfoldError as RingfoldError
@@ -66,6 +67,7 @@ __all__ = [
     "LaunchError",
     "Layout",
     "LayoutError",
+    "OutOfMemory",
     "PeerLost",
     "Placement",
     "PrecisionError",

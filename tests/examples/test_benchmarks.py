@@ -282,6 +282,17 @@ def test_memory_counts_every_layout_in_a_job_of_its_own(tmp_path: Path) -> None:
     assert sum(line.startswith("| ") for line in output.splitlines()) == 3
 
 
+def test_offload_steps_beside_dd(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    output = run_benchmark("offload", "-n", "2", "--size", "tiny", "--rounds", "1", "--folder", str(tmp_path), "--json", str(path))
+    result = json.loads(path.read_text())
+    assert result["moved_nbytes"] >= 2 * 12 * result["parameters"]
+    for side in ("ringfold", "dd, write then read", "dd, both at once"):
+        assert len(result["seconds"][side]) == 1
+        assert f"| {side} |" in output
+    assert [name.name for name in tmp_path.iterdir()] == ["result.json"]
+
+
 def test_checkpoint_shows_what_a_save_holds_up_beside_torch(tmp_path: Path) -> None:
     path = tmp_path / "result.json"
     output = run_benchmark("checkpoint", "-n", "2", "--nbytes", "20M", "--rounds", "1", "--folder", str(tmp_path), "--json", str(path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -80,6 +81,22 @@ def foreign(_: list[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.SGD(Reader().parameters(), lr=0.1)
 
 
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(11, 4), nn.Linear(4, 11)
+        self.head.weight = self.embed.weight
+
+
+def split_tied(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD([{"params": parameters[:1]}, {"params": parameters}], lr=0.1)
+
+
+def twice(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    with warnings.catch_warnings(action="ignore"):  # torch warns, and steps twice
+        return torch.optim.SGD([*parameters, parameters[0]], lr=0.1)
+
+
 def plateau(optimizer: torch.optim.Optimizer) -> Any:
     return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
 
@@ -91,6 +108,14 @@ def plateau(optimizer: torch.optim.Optimizer) -> Any:
         ({"optimizer": lbfgs}, "LBFGS"),
         ({"optimizer": foreign}, "8 of its parameters are not the model's"),
         ({"optimizer": list}, "got list"),
+        (
+            {"optimizer": split_tied, "model": Tied},
+            "in more than one parameter group. Tied, and so to be in one group only: embed.weight = head.weight.",
+        ),
+        (
+            {"optimizer": twice, "model": Tied},
+            "has a parameter twice, and would step on it twice. Tied, and so to be in one group only: embed.weight",
+        ),
         ({"scheduler": plateau}, "ReduceLROnPlateau"),
         ({"metrics": {"loss": accuracy}}, "'loss' is taken"),
         ({"model": no_module}, "no_module returned int"),

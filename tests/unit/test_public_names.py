@@ -29,6 +29,7 @@ NAMES = [
     "LaunchError",
     "Layout",
     "LayoutError",
+    "OutOfMemory",
     "PeerLost",
     "Placement",
     "PrecisionError",
