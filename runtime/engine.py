@@ -23,9 +23,12 @@ from typing import Any
 import torch
 from ringfold.collectives.errors import ConfigError
 from ringfold.mixed_precision.casting import Casting, to_dtype
+from ringfold.mixed_precision.fp8 import Fp8
+from ringfold.mixed_precision.linears import QuantisedLinears
 from ringfold.mixed_precision.loss_scaler import LossScaler
 from ringfold.mixed_precision.precision import Precision
 from ringfold.parallel.batch_norm import synchronise_batch_norm
+from ringfold.parallel.blocks import find_blocks
 from ringfold.parallel.bucket import own_dtype
 from ringfold.parallel.buckets import GradientBuckets
 from ringfold.parallel.data_parallel import broadcast_state
@@ -59,7 +62,8 @@ class Engine:
     follows the rule in loss.py. `optimizer` is a function of the list of parameters, `scheduler` one of the optimizer, stepped after each
     train step. `clip_norm` bounds the global gradient norm. `metrics` are functions (output, target) for `eval_step`, which return what a
     loss may return. `blocks` are patterns of the names of the modules that the layout's `recompute` works on, by default the children of containers;
-    `recomputation.explain()` tells what became of each. `offload_activations` moves what they save for backward to host memory, on a GPU.
+    `recomputation.explain()` tells what became of each. `offload_activations` moves what they save for backward to host memory, on a GPU. `fp8` are
+    settings of the layout's word.
     Collective, like all its methods but the plain attributes: every rank calls them in the same order.
 
     `step` is the number of train steps done, `seconds` and `communication_share` the last step's time and the part of it that this rank
@@ -84,6 +88,7 @@ class Engine:
         offload_activations: bool = False,
         keep_float32: Sequence[str] = (),
         reduce_dtype: torch.dtype | None = None,
+        fp8: Fp8 | None = None,
     ) -> None:
         mesh.layout.require_built()
         if clip_norm is not None and not clip_norm > 0:
@@ -111,6 +116,9 @@ class Engine:
         elif sync_batch_norm:
             synchronise_batch_norm(self.module, self._comm)
         self._casting = Casting(self.module, precision.compute, keep_float32) if precision.compute else None
+        self._linears: QuantisedLinears | None = None
+        if self._casting is not None and precision.quantises:
+            self._linears = QuantisedLinears(self.module, find_blocks(self.module, blocks), self._casting, self._comm, fp8 or Fp8())
         self._random = ShardRandom(self._comm.broadcast_object(torch.initial_seed()), mesh.device) if self._exact is not None else None
         offload = HostOffload.of_gpu(mesh.device) if offload_activations else None
         self.recomputation = Recomputation(self.module, mesh.layout, self._comm, blocks=blocks, offload=offload)
@@ -176,6 +184,8 @@ class Engine:
         if self._step(factor) and self.scheduler is not None:
             self.scheduler.step()
         self.recomputation.finish_step()
+        if self._linears is not None:
+            self._linears.finish_step()
         self.step += 1
         self.mesh.world.page.set_progress(self.step)
         self.seconds = time.perf_counter() - began
@@ -256,6 +266,7 @@ class Engine:
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "data": [data.state_dict() for data in self._shards],
             "loss_scale": None if self._scaler is None else self._scaler.state_dict(),
+            "fp8": None if self._linears is None else self._linears.state_dict(),
             "shard_seed": None if self._random is None else self._random.seed,
             "random": self.mesh.world.all_gather_object(checkpoint.random_state()),
         }
@@ -289,6 +300,8 @@ class Engine:
             data.load_state_dict(self._positions.pop(0))
         if self._scaler is not None and extra.get("loss_scale") is not None:
             self._scaler.load_state_dict(extra["loss_scale"])
+        if self._linears is not None and extra.get("fp8") is not None:
+            self._linears.load_state_dict(extra["fp8"])
         if self._random is not None and extra.get("shard_seed") is not None:
             self._random.seed = extra["shard_seed"]
         if len(extra["random"]) == self.mesh.size:
@@ -305,6 +318,8 @@ class Engine:
         if self._sharding is not None:
             self._sharding.close()
         self.recomputation.close()
+        if self._linears is not None:
+            self._linears.close()
         if self._casting is not None:
             self._casting.close()
         if "_saver" in vars(self):
