@@ -9,7 +9,6 @@ hardware has no product of 8 bits, that of bfloat16 computes the same but for th
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -72,7 +71,6 @@ def product(a: Quantised, b: Quantised, dtype: torch.dtype, bias: Tensor | None 
     return torch._scaled_mm(left, right.t(), scale_a=a.scale, scale_b=b.scale, bias=bias, out_dtype=dtype, use_fast_accum=fast)
 
 
-@functools.cache
 def is_native(device: torch.device) -> bool:
     """Say whether a device multiplies in 8 bits: NVIDIA's do from compute capability 8.9 on."""
     return device.type == "cuda" and torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 9)

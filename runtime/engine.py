@@ -62,8 +62,8 @@ class Engine:
     follows the rule in loss.py. `optimizer` is a function of the list of parameters, `scheduler` one of the optimizer, stepped after each
     train step. `clip_norm` bounds the global gradient norm. `metrics` are functions (output, target) for `eval_step`, which return what a
     loss may return. `blocks` are patterns of the names of the modules that the layout's `recompute` works on, by default the children of containers;
-    `recomputation.explain()` tells what became of each. `offload_activations` moves what they save for backward to host memory, on a GPU. `fp8` are
-    settings of the layout's word.
+    `recomputation.explain()` tells what became of each. `offload_activations` moves what they save for backward to host memory, on a GPU. `fp8` says
+    how that word of the layout chooses its scales.
     Collective, like all its methods but the plain attributes: every rank calls them in the same order.
 
     `step` is the number of train steps done, `seconds` and `communication_share` the last step's time and the part of it that this rank
@@ -225,7 +225,7 @@ class Engine:
     def state_dict(self) -> dict[str, Any]:
         """Return the full model under its own names on rank 0, and an empty dict elsewhere.
 
-        Tensors are the model's own, as torch's are; under zero3, and in bf16 and fp16, where they are float32, they are copies.
+        Tensors are the model's own, as torch's are; under zero3, and in bf16, fp16 and fp8, where they are float32, they are copies.
         """
         return self._state.whole()
 
