@@ -375,3 +375,23 @@ def evaluated(world: Communicator) -> bool:
 
 def test_evaluation_goes_by_the_scales_and_records_nothing() -> None:
     assert run_ranks(2, evaluated) == [True, True]
+
+
+def two_engines(world: Communicator, layout: str) -> list[str]:
+    """Train a model whose blocks are Linears, then again by another engine."""
+    torch.manual_seed(0)
+    model, found = nn.Sequential(nn.Linear(32, 48), nn.GELU(), nn.Linear(48, 128)), []
+    data = [(torch.randn(7, 32, generator=torch.Generator().manual_seed(step)), torch.arange(7)) for step in range(3)]
+    for _ in range(2):
+        engine = make_engine(world, layout, lambda: model)
+        found += [engine.train_step(batch).hex() for batch in engine.shard(data)]
+        engine.close()
+        assert not any("forward" in vars(part) for part in model.modules())
+    return found
+
+
+def test_a_linear_that_is_a_block_itself_is_recomputed_and_let_go() -> None:
+    (expected,) = run_ranks(1, two_engines, "exact4 fp8")
+    assert len(set(expected)) == 6
+    for layout in ("exact4 fp8 zero3 recompute", "exact4 fp8 zero1 recompute:selective"):
+        assert run_ranks(2, two_engines, layout) == [expected] * 2
