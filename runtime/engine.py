@@ -24,9 +24,12 @@ from typing import Any
 import torch
 from ringfold.collectives.errors import ConfigError
 from ringfold.mixed_precision.casting import Casting, to_dtype
+from ringfold.mixed_precision.fp8 import Fp8
+from ringfold.mixed_precision.linears import QuantisedLinears
 from ringfold.mixed_precision.loss_scaler import LossScaler
 from ringfold.mixed_precision.precision import Precision
 from ringfold.parallel.batch_norm import synchronise_batch_norm
+from ringfold.parallel.blocks import find_blocks
 from ringfold.parallel.bucket import own_dtype
 from ringfold.parallel.buckets import GradientBuckets
 from ringfold.parallel.data_parallel import broadcast_state
@@ -35,6 +38,7 @@ from ringfold.parallel.recompute.offload import HostOffload
 from ringfold.parallel.recompute.recomputation import Recomputation
 from ringfold.parallel.reducer import GradientReducer
 from ringfold.parallel.sparse import sparse_parameter_names
+from ringfold.parallel.traffic import Traffic
 from ringfold.parallel.zero.gradients import ShardedGradients
 from ringfold.parallel.zero.sharding import Sharding
 from ringfold.runtime import checkpoint, exact, gradients, memory
@@ -62,7 +66,8 @@ class Engine:
     follows the rule in loss.py. `optimizer` is a function of the list of parameters, `scheduler` one of the optimizer, stepped after each
     train step. `clip_norm` bounds the global gradient norm. `metrics` are functions (output, target) for `eval_step`, which return what a
     loss may return. `blocks` are patterns of the names of the modules that the layout's `recompute` works on, by default the children of containers;
-    `recomputation.explain()` tells what became of each. `offload_activations` moves what they save for backward to host memory, on a GPU.
+    `recomputation.explain()` tells what became of each. `offload_activations` moves what they save for backward to host memory, on a GPU. `fp8` says
+    how that word of the layout chooses its scales.
     Collective, like all its methods but the plain attributes: every rank calls them in the same order.
 
     `step` is the number of train steps done, `seconds` and `communication_share` the last step's time and the part of it that this rank
@@ -87,6 +92,7 @@ class Engine:
         offload_activations: bool = False,
         keep_float32: Sequence[str] = (),
         reduce_dtype: torch.dtype | None = None,
+        fp8: Fp8 | None = None,
     ) -> None:
         mesh.layout.require_built()
         if clip_norm is not None and not clip_norm > 0:
@@ -114,6 +120,9 @@ class Engine:
         elif sync_batch_norm:
             synchronise_batch_norm(self.module, self._comm)
         self._casting = Casting(self.module, precision.compute, keep_float32) if precision.compute else None
+        self._linears: QuantisedLinears | None = None
+        if self._casting is not None and precision.quantises:
+            self._linears = QuantisedLinears(self.module, find_blocks(self.module, blocks), self._casting, self._comm, fp8 or Fp8())
         self._random = ShardRandom(self._comm.broadcast_object(torch.initial_seed()), mesh.device) if self._exact is not None else None
         offload = HostOffload.of_gpu(mesh.device) if offload_activations else None
         self.recomputation = Recomputation(self.module, mesh.layout, self._comm, blocks=blocks, offload=offload)
@@ -193,6 +202,8 @@ class Engine:
         if self._step(factor) and self.scheduler is not None:
             self.scheduler.step()
         self.recomputation.finish_step()
+        if self._linears is not None:
+            self._linears.finish_step()
         self.step += 1
         self.mesh.world.page.set_progress(self.step)
         return loss
@@ -230,7 +241,7 @@ class Engine:
     def state_dict(self) -> dict[str, Any]:
         """Return the full model under its own names on rank 0, and an empty dict elsewhere.
 
-        Tensors are the model's own, as torch's are; under zero3, and in bf16 and fp16, where they are float32, they are copies.
+        Tensors are the model's own, as torch's are; under zero3, and in bf16, fp16 and fp8, where they are float32, they are copies.
         """
         return self._state.whole()
 
@@ -258,7 +269,8 @@ class Engine:
         if batch is not None:
             part = (self._microbatches(batch) or [Batch.of(batch).to(self.mesh.device, self._cast)])[0]
             self.module.train()
-            found["activations"] = activations_nbytes(self.module, lambda: self._measured(part))
+            with contextlib.nullcontext() if self._linears is None else self._linears.scales.aside():
+                found["activations"] = activations_nbytes(self.module, lambda: self._measured(part))
         return found
 
     def _measured(self, part: Batch) -> Any:
@@ -273,6 +285,8 @@ class Engine:
         The state that an optimizer keeps is known after the first step where nothing is sharded.
         """
         traffic = self._reducer.traffic() if self._sharding is None else self._sharding.traffic(self._micro)
+        if self._linears is not None and self._linears.scales.sent_nbytes and self._comm.size > 1:
+            traffic.append(Traffic("amaxes of fp8", "all_reduce", 1, self._linears.scales.sent_nbytes, self._comm.size))
         shares, uses = self._comm.size if self._sharding is None else self._sharding.group_size, self._uses()
         layout = replace(self.mesh.layout, zero=self.mesh.layout.zero or (0 if self._sharding is None else 2))
         predicted = memory.predict(uses, layout, shares)
@@ -280,7 +294,7 @@ class Engine:
         return Explanation(str(self.mesh.layout), self.mesh.size, uses, traffic, self.memory(batch), predicted, recomputation)
 
     def _uses(self) -> list[ParameterUse]:
-        return uses_of_parameters(self.module, self._sharding, self._casting, self.optimizer)
+        return uses_of_parameters(self.module, self._sharding, self._casting, self._linears, self.optimizer)
 
     def shard(self, source: Any, **options: Any) -> ShardedData:
         """Return this rank's rows of a source of global batches, as `rf.shard`; `save` and `resume` keep its position."""
@@ -301,6 +315,7 @@ class Engine:
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "data": [data.state_dict() for data in self._shards],
             "loss_scale": None if self._scaler is None else self._scaler.state_dict(),
+            "fp8": None if self._linears is None else self._linears.state_dict(),
             "shard_seed": None if self._random is None else self._random.seed,
             "random": self.mesh.world.all_gather_object(checkpoint.random_state()),
         }
@@ -334,6 +349,8 @@ class Engine:
             data.load_state_dict(self._positions.pop(0))
         if self._scaler is not None and extra.get("loss_scale") is not None:
             self._scaler.load_state_dict(extra["loss_scale"])
+        if self._linears is not None and extra.get("fp8") is not None:
+            self._linears.load_state_dict(extra["fp8"])
         if self._random is not None and extra.get("shard_seed") is not None:
             self._random.seed = extra["shard_seed"]
         if len(extra["random"]) == self.mesh.size:
@@ -350,6 +367,8 @@ class Engine:
         if self._sharding is not None:
             self._sharding.close()
         self.recomputation.close()
+        if self._linears is not None:
+            self._linears.close()
         if self._casting is not None:
             self._casting.close()
         if "_saver" in vars(self):

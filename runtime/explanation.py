@@ -14,6 +14,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from ringfold.mixed_precision.casting import Casting
+from ringfold.mixed_precision.linears import QuantisedLinears
+from ringfold.mixed_precision.quantised import E4M3
 from ringfold.parallel.traffic import Traffic
 from ringfold.parallel.zero.sharding import Sharding
 from torch import nn
@@ -25,8 +27,8 @@ __all__ = ["Explanation", "ParameterUse", "uses_of_parameters"]
 class ParameterUse:
     """The dtypes in which one parameter is kept and used.
 
-    trained: what the optimizer steps on. computed: what the module has. output: what the module gives. summed, kept: its gradient, on its way
-    over ranks and afterwards; these and state are empty where it is frozen.
+    trained: what the optimizer steps on. computed: what the module has. product: in which it multiplies, if that is neither. output: what the
+    module gives. summed, kept: its gradient, on its way over ranks and afterwards; these and state are empty where it is frozen.
     """
 
     name: str
@@ -34,6 +36,7 @@ class ParameterUse:
     trained: torch.dtype
     computed: torch.dtype
     output: torch.dtype
+    product: torch.dtype | None = None
     summed: torch.dtype | None = None
     kept: torch.dtype | None = None
     state: dict[str, torch.dtype] = field(default_factory=dict)
@@ -41,11 +44,13 @@ class ParameterUse:
     def cells(self) -> tuple[str, ...]:
         """Return the dtypes as words."""
         state = ", ".join(f"{name} {_word(dtype)}" for name, dtype in self.state.items())
-        dtypes = (self.trained, self.computed, self.output, self.summed, self.kept)
+        dtypes = (self.trained, self.computed, self.product or self.computed, self.output, self.summed, self.kept)
         return (*(_word(dtype) for dtype in dtypes), state or "-")
 
 
-def uses_of_parameters(module: nn.Module, sharding: Sharding | None, casting: Casting | None, optimizer: torch.optim.Optimizer) -> list[ParameterUse]:
+def uses_of_parameters(
+    module: nn.Module, sharding: Sharding | None, casting: Casting | None, linears: QuantisedLinears | None, optimizer: torch.optim.Optimizer
+) -> list[ParameterUse]:
     """Return the dtypes of every parameter; without sharding, state is known when the optimizer has made it."""
     uses = []
     for name, parameter in module.named_parameters():
@@ -54,6 +59,8 @@ def uses_of_parameters(module: nn.Module, sharding: Sharding | None, casting: Ca
             use = replace(use, trained=sharding.trained_dtype(parameter))
         if casting is not None and parameter.is_floating_point():
             use = replace(use, output=casting.compute)
+        if linears is not None and name.removesuffix(".weight") in linears.names:
+            use = replace(use, product=E4M3)
         if parameter.requires_grad and sharding is not None:
             summed, kept = sharding.gradient_dtypes(parameter)
             use = replace(use, summed=summed, kept=kept, state=sharding.state_dtypes(parameter))
@@ -88,7 +95,7 @@ class Explanation:
         alike: dict[tuple[str, ...], list[ParameterUse]] = {}
         for use in self.parameters:
             alike.setdefault((re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", use.name), *use.cells()), []).append(use)
-        rows = [("parameter", "", "elements", "trained", "computed", "module gives", "summed", "gradient", "optimizer state")]
+        rows = [("parameter", "", "elements", "trained", "computed", "multiplied", "module gives", "summed", "gradient", "optimizer state")]
         for (name, *cells), uses in alike.items():
             rows.append((name, f"x {len(uses)}" if len(uses) > 1 else "", f"{sum(use.numel for use in uses):,}", *cells))  # type: ignore[arg-type]
         return _table(rows, right=(2,))

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from ringfold.collectives.errors import PrecisionError as PrecisionError
     from ringfold.collectives.errors import RingfoldError as RingfoldError
     from ringfold.collectives.work import Work as Work
+    from ringfold.mixed_precision.fp8 import Fp8 as Fp8
     from ringfold.parallel.data_parallel import DataParallel as DataParallel
     from ringfold.parallel.layout import Layout as Layout
     from ringfold.parallel.mesh import DeviceMesh as DeviceMesh
@@ -62,6 +63,7 @@ __all__ = [
     "DataParallel",
     "DeviceMesh",
     "Engine",
+    "Fp8",
     "Incompatible",
     "Incomplete",
     "LaunchError",
@@ -88,6 +90,7 @@ _HOMES = {
     "DataParallel": "parallel.data_parallel",
     "DeviceMesh": "parallel.mesh",
     "Engine": "runtime.engine",
+    "Fp8": "mixed_precision.fp8",
     "Layout": "parallel.layout",
     "Placement": "parallel.placement",
     "Work": "collectives.work",

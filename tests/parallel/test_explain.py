@@ -71,7 +71,7 @@ def explain(world: Communicator, layout: str) -> tuple[Explanation, Counter[str]
     return engine.explain(), counts, nbytes
 
 
-@pytest.mark.parametrize("layout", ["", "zero1", "zero2", "zero3", "zero3 micro3", "bf16 zero3", "zero2:group2", "bf16 zero1 micro2"])
+@pytest.mark.parametrize("layout", ["", "zero1", "zero2", "zero3", "zero3 micro3", "bf16 zero3", "zero2:group2", "bf16 zero1 micro2", "fp8 zero2"])
 def test_a_step_sends_what_was_said(layout: str) -> None:
     for said, counts, nbytes in run_ranks(4, explain, layout):
         large = [each for each in said.traffic if each.nbytes > 64 * each.count]
@@ -102,6 +102,13 @@ def test_every_parameter_is_told_with_all_its_dtypes_and_blocks_alike_in_one_lin
     assert line.split()[1:4] == ["x", "5", f"{5 * 2 * WIDTH * WIDTH:,}"]
     assert "exp_avg float32, exp_avg_sq float32" in line
     assert "recompute: off" in text
+
+
+def test_linears_in_8_bits_are_told() -> None:
+    uses = {use.name: use for use in run_ranks(1, explain, "fp8")[0][0].parameters}
+    assert uses["blocks.0.up.weight"].product == torch.float8_e4m3fn
+    assert uses["blocks.0.up.bias"].product is None
+    assert uses["first.weight"].product is None
 
 
 def activations(world: Communicator, layout: str) -> list[int]:

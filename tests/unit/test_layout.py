@@ -209,12 +209,12 @@ def test_dp_fills_what_is_left_of_the_world() -> None:
 
 def test_what_is_not_built_is_refused_by_one_error_that_lists_it_all() -> None:
     layout = Layout.parse("dp2 tp2 pp2:gpipe cp2:ulysses ep2 zero2:cpu fp8 recompute micro4 exact8")
-    refused = ["tp2", "pp2:gpipe", "cp2:ulysses", "ep2", "fp8"]
+    refused = ["tp2", "pp2:gpipe", "cp2:ulysses", "ep2"]
     assert layout.unsupported() == refused
     with pytest.raises(LayoutError) as caught:
         layout.require_built()
     assert ", ".join(refused) in str(caught.value)
-    assert "bf16 dpN exactN fp16 fp32 fp64 microN offload recompute" in str(caught.value)
+    assert "bf16 dpN exactN fp16 fp32 fp64 fp8 microN offload recompute" in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["", "dp4", "dp2 tp1 pp1:gpipe cp1 ep1 zero0 fp64 micro8", "fp32", "recompute:budget=1GiB"])

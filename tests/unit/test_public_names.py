@@ -24,6 +24,7 @@ NAMES = [
     "DataParallel",
     "DeviceMesh",
     "Engine",
+    "Fp8",
     "Incompatible",
     "Incomplete",
     "LaunchError",
