@@ -36,7 +36,9 @@ class QuantisedLinears:
         PrecisionError: no Linear is left; tells why of each.
     """
 
-    def __init__(self, module: nn.Module, blocks: Mapping[str, nn.Module], casting: Casting, comm: Communicator, settings: Fp8) -> None:
+    def __init__(
+        self, module: nn.Module, blocks: Mapping[str, nn.Module], casting: Casting, comm: Communicator, settings: Fp8, device: torch.device
+    ) -> None:
         inside = {id(part) for block in blocks.values() for part in block.modules()} if blocks else None
         linears = {name: part for name, part in module.named_modules() if isinstance(part, nn.Linear)}
         obstacles = {name: _obstacle(part, inside, casting) for name, part in linears.items()}
@@ -47,7 +49,7 @@ class QuantisedLinears:
             raise PrecisionError(f"fp8: {found} {'or use' if reasons else 'Use'} bf16.")
         self.names = tuple(chosen)
         self._comm = comm
-        self.scales = Scales(self.names, next(module.parameters()).device, settings)
+        self.scales = Scales(self.names, device, settings)
         self._forwards = [_Forward(part, self.scales.gauges(name)) for name, part in chosen.items()]
 
     def finish_step(self) -> None:

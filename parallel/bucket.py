@@ -68,13 +68,19 @@ class Bucket:
     """The layout of a group of parameters of one dtype, in a vector of `numel` elements that `ranks` divides into equal ranges."""
 
     def __init__(
-        self, group: Group, ranks: int = 1, unlike: Collection[Bucket] = (), dtype: torch.dtype | None = None, range_alignment: int = ALIGNMENT
+        self,
+        group: Group,
+        ranks: int = 1,
+        unlike: Collection[Bucket] = (),
+        dtype: torch.dtype | None = None,
+        range_alignment: int = ALIGNMENT,
+        device: torch.device | None = None,
     ) -> None:
-        """Lay out a group; its length will be that of none of `unlike`, its elements of `dtype` if that is not the parameters' own.
+        """Lay out a group; its length will be that of none of `unlike`, its elements of `dtype` on `device` if those are not the parameters' own.
 
         range_alignment: what the length of a range is a multiple of, in elements; itself a multiple of 64.
         """
-        self.dtype, self.device = dtype or group[0][1].dtype, group[0][1].device
+        self.dtype, self.device = dtype or group[0][1].dtype, device or group[0][1].device
         self.ranks = ranks
         self.slots: list[Slot] = []
         end = 0

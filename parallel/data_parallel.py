@@ -100,6 +100,8 @@ class DataParallel(nn.Module):
 def broadcast_state(module: nn.Module, comm: Communicator, src: int = 0) -> None:
     """Give every rank the parameters and buffers of rank `src` of `comm`, bit by bit, in few messages; a collective call.
 
+    Those on the meta device have nothing to give.
+
     Raises:
         ConfigError: names, shapes or dtypes differ between ranks.
     """
@@ -111,6 +113,8 @@ def broadcast_state(module: nn.Module, comm: Communicator, src: int = 0) -> None
     parcel: list[torch.Tensor] = []
     nbytes = 0
     for _, tensor in state:
+        if tensor.is_meta:
+            continue
         if tensor.nbytes > _PARCEL_NBYTES and tensor.is_contiguous():
             comm.broadcast(_bytes(tensor), src)
             continue

@@ -32,7 +32,6 @@ from ringfold.parallel.batch_norm import synchronise_batch_norm
 from ringfold.parallel.blocks import find_blocks
 from ringfold.parallel.bucket import own_dtype
 from ringfold.parallel.buckets import GradientBuckets
-from ringfold.parallel.data_parallel import broadcast_state
 from ringfold.parallel.mesh import DeviceMesh
 from ringfold.parallel.recompute.offload import HostOffload
 from ringfold.parallel.recompute.recomputation import Recomputation
@@ -44,12 +43,13 @@ from ringfold.parallel.zero.sharding import Sharding
 from ringfold.runtime import checkpoint, exact, gradients, memory
 from ringfold.runtime.activations import activations_nbytes
 from ringfold.runtime.batch import Batch, tensors_in
+from ringfold.runtime.construction import construct
 from ringfold.runtime.data import ShardedData, shard
 from ringfold.runtime.evaluation import Metric, evaluate, gather_rows
 from ringfold.runtime.exact import ShardRandom, require_no_batch_norm
 from ringfold.runtime.explanation import Explanation, ParameterUse, uses_of_parameters
 from ringfold.runtime.global_mean import GlobalMean, Policy
-from ringfold.runtime.loss import Term, loss_rule, name_of
+from ringfold.runtime.loss import Term, loss_rule
 from ringfold.runtime.model_state import ModelState
 from ringfold.runtime.optimizer import make_optimizer, make_scheduler
 from torch import Tensor, nn
@@ -62,12 +62,12 @@ __all__ = ["Engine"]
 class Engine:
     """Train a model on the ranks of a mesh.
 
-    `model` is a module, or a function that builds one; every rank starts with rank 0's parameters and buffers. `loss(output, target)`
-    follows the rule in loss.py. `optimizer` is a function of the list of parameters, `scheduler` one of the optimizer, stepped after each
-    train step. `clip_norm` bounds the global gradient norm. `metrics` are functions (output, target) for `eval_step`, which return what a
-    loss may return. `blocks` are patterns of the names of the modules that the layout's `recompute` works on, by default the children of containers;
-    `recomputation.explain()` tells what became of each. `offload_activations` moves what they save for backward to host memory, on a GPU. `fp8` says
-    how that word of the layout chooses its scales.
+    `model` is a module, or a function that builds one, of which no rank then holds all under zero3; every rank starts with rank 0's state.
+    `loss(output, target)` follows the rule in loss.py. `optimizer` is a function of the list of parameters, `scheduler` one of the optimizer,
+    stepped after each train step. `clip_norm` bounds the global gradient norm. `metrics` are functions (output, target) for `eval_step`, which
+    return what a loss may return. `blocks` are patterns of the names of the modules that the layout's `recompute` works on, by default the
+    children of containers; `recomputation.explain()` tells what became of each. `offload_activations` moves what they save for backward to host
+    memory, on a GPU. `fp8` says how that word of the layout chooses its scales.
     Collective, like all its methods but the plain attributes: every rank calls them in the same order.
 
     `step` is the number of train steps done, `seconds` and `communication_share` the last step's time and the part of it that this rank
@@ -110,11 +110,8 @@ class Engine:
         self._metrics = dict(metrics or {})
         self._mean = GlobalMean(self._rule, self._comm, exact=self._exact is not None)
         self._clip_norm = clip_norm
-        built = model if isinstance(model, nn.Module) else model()
-        if not isinstance(built, nn.Module):
-            raise ConfigError(f"model: {name_of(model)} returned {type(built).__name__}, expected a torch.nn.Module.")
-        self.module = built.to(mesh.device, None if precision.compute else precision.cast)
-        broadcast_state(self.module, self._comm)
+        built = construct(model, self._comm, mesh.device, precision, in_shards=mesh.layout.zero == 3)
+        self.module = built.module
         if self._exact is not None:
             require_no_batch_norm(self.module)
         elif sync_batch_norm:
@@ -122,7 +119,7 @@ class Engine:
         self._casting = Casting(self.module, precision.compute, keep_float32) if precision.compute else None
         self._linears: QuantisedLinears | None = None
         if self._casting is not None and precision.quantises:
-            self._linears = QuantisedLinears(self.module, find_blocks(self.module, blocks), self._casting, self._comm, fp8 or Fp8())
+            self._linears = QuantisedLinears(self.module, find_blocks(self.module, blocks), self._casting, self._comm, fp8 or Fp8(), mesh.device)
         self._random = ShardRandom(self._comm.broadcast_object(torch.initial_seed()), mesh.device) if self._exact is not None else None
         offload = HostOffload.of_gpu(mesh.device) if offload_activations else None
         self.recomputation = Recomputation(self.module, mesh.layout, self._comm, blocks=blocks, offload=offload)
@@ -144,6 +141,8 @@ class Engine:
                 reduce_dtype=torch.float32 if self._exact is not None else reduce_dtype,
                 one_backward=self._micro == 1,
                 offload=mesh.layout.offload,
+                deferred=built.deferred,
+                device=mesh.device,
             )
             self.recomputation.before_recompute = self._sharding.gather
             self._reducer = self._sharding.gradients
@@ -151,6 +150,7 @@ class Engine:
             self._reducer = GradientBuckets(
                 self.module.named_parameters(), self._comm, averaged=False, bucket_mb=bucket_mb, sparse=sparse_parameter_names(self.module)
             )
+        self._how_built = built.how
         self._state = ModelState(self.module, self._sharding, mesh.rank)
         self.optimizer = make_optimizer(optimizer, self.module)
         if self._sharding is not None:
@@ -291,7 +291,7 @@ class Engine:
         layout = replace(self.mesh.layout, zero=self.mesh.layout.zero or (0 if self._sharding is None else 2))
         predicted = memory.predict(uses, layout, shares)
         recomputation = self.recomputation.explain()
-        return Explanation(str(self.mesh.layout), self.mesh.size, uses, traffic, self.memory(batch), predicted, recomputation)
+        return Explanation(str(self.mesh.layout), self.mesh.size, uses, traffic, self.memory(batch), predicted, recomputation, self._how_built)
 
     def _uses(self) -> list[ParameterUse]:
         return uses_of_parameters(self.module, self._sharding, self._casting, self._linears, self.optimizer)

@@ -85,11 +85,12 @@ class Explanation:
     memory: dict[str, int]
     predicted: dict[str, float]
     recomputation: str
+    built: str
 
     def __str__(self) -> str:
         count = sum(use.numel for use in self.parameters)
         head = f"layout {self.layout}: {self.ranks} rank{'s' * (self.ranks > 1)}, {count:,} parameters"
-        return "\n\n".join([head, self._parameter_table(), self._traffic_table(), self._memory_table(), self.recomputation])
+        return "\n\n".join([head, self._parameter_table(), self._traffic_table(), self._memory_table(), self.recomputation, f"built {self.built}"])
 
     def _parameter_table(self) -> str:
         alike: dict[tuple[str, ...], list[ParameterUse]] = {}

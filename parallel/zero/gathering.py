@@ -24,6 +24,7 @@ from ringfold.parallel.bucket import Bucket, DtypeOf, own_dtype
 from ringfold.parallel.traffic import Traffic
 from ringfold.parallel.zero.cuts import Cuts
 from ringfold.parallel.zero.group import ShardGroup
+from ringfold.parallel.zero.initial import Initial
 from ringfold.parallel.zero.rest import Rest
 from ringfold.parallel.zero.units import Unit
 from torch import nn
@@ -38,7 +39,14 @@ class GatheredParameters:
     """Move the parameters of a module into shards over `group`; add to `cuts` the pieces of this rank, in the order of backward."""
 
     def __init__(
-        self, module: nn.Module, group: ShardGroup, cuts: Cuts, rest: Rest, blocks: Sequence[str] | None = None, dtype_of: DtypeOf = own_dtype
+        self,
+        module: nn.Module,
+        group: ShardGroup,
+        cuts: Cuts,
+        rest: Rest,
+        initial: Initial,
+        blocks: Sequence[str] | None = None,
+        dtype_of: DtypeOf = own_dtype,
     ) -> None:
         self._module = module
         self._group = group
@@ -46,19 +54,18 @@ class GatheredParameters:
         buckets: list[Bucket] = []
         self._units: list[Unit] = []
         self._unit_of: dict[nn.Module, Unit] = {}
-        self._cuts = cuts
         for name, named in reversed(parameters_by_block(module, found).items()):
             if named:
-                unit = Unit(name, named, group, buckets, self._cuts, dtype_of, rest)
+                unit = Unit(name, named, group, buckets, cuts, dtype_of, rest, initial)
                 buckets += unit.buckets
                 self._units.append(unit)
                 self._unit_of[module if name == NO_BLOCK else found[name]] = unit
         self._common = self._unit_of.get(module)
-        device = next(module.parameters()).device
         largest = max((unit.nbytes for unit in self._units if unit is not self._common), default=0)
         count = min(SLOTS, sum(unit is not self._common for unit in self._units))
-        self._free = [group.whole.empty(largest, dtype=torch.uint8, device=device) for _ in range(count)]
-        self._common_memory = None if self._common is None else group.whole.empty(self._common.nbytes, dtype=torch.uint8, device=device)
+        self._device = initial.device
+        self._free = [group.whole.empty(largest, dtype=torch.uint8, device=self._device) for _ in range(count)]
+        self._common_memory = None if self._common is None else group.whole.empty(self._common.nbytes, dtype=torch.uint8, device=self._device)
         self._holder: dict[int, Unit] = {}  # by address of the memory
         self._used: list[Unit] = []  # blocks that have memory, the one used last at the end
         self._next: dict[tuple[bool, Unit | None, Unit | None], Unit] = {}  # (in backward, a block, the one after it) -> what came next
@@ -125,7 +132,7 @@ class GatheredParameters:
         self._forget()
         whole = []
         for unit in self._units:
-            unit.begin(self._group.whole.empty(unit.nbytes, dtype=torch.uint8, device=self._module_device()), once=True)
+            unit.begin(self._group.whole.empty(unit.nbytes, dtype=torch.uint8, device=self._device), once=True)
             unit.show()
             whole.append(unit)
         self._is_open_for_all = True
@@ -145,7 +152,7 @@ class GatheredParameters:
             hook.remove()
         self._forget()
         for unit in self._units:
-            unit.begin(self._group.whole.empty(unit.nbytes, dtype=torch.uint8, device=self._module_device()), once=True)
+            unit.begin(self._group.whole.empty(unit.nbytes, dtype=torch.uint8, device=self._device), once=True)
             unit.show()
             for parameter in unit.parameters:
                 parameter.data = parameter.detach().clone()
@@ -250,6 +257,3 @@ class GatheredParameters:
             self._common.give_back()
         self._holder.clear()
         self._before = self._latest = None
-
-    def _module_device(self) -> torch.device:
-        return next(self._module.parameters()).device

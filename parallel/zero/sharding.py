@@ -21,6 +21,7 @@ import torch
 from ringfold.collectives.communicator import Communicator
 from ringfold.parallel.bucket import DtypeOf, own_dtype, partition
 from ringfold.parallel.buckets import FIRST_BUCKET_MB
+from ringfold.parallel.deferred.model import Deferred
 from ringfold.parallel.traffic import Traffic
 from ringfold.parallel.zero import optimizer as zero_optimizer
 from ringfold.parallel.zero.bucketwise import BucketwiseStep
@@ -28,6 +29,7 @@ from ringfold.parallel.zero.cuts import Cuts
 from ringfold.parallel.zero.gathering import GatheredParameters
 from ringfold.parallel.zero.gradients import ShardedGradients
 from ringfold.parallel.zero.group import ShardGroup
+from ringfold.parallel.zero.initial import Initial
 from ringfold.parallel.zero.parameters import FlatParameters
 from ringfold.parallel.zero.rest import Rest
 from torch import nn
@@ -41,6 +43,7 @@ class Sharding:
 
     dtype_of: in which precision each parameter is computed with; where that is not its own, what is trained is a master copy of the piece.
     one_backward: there is one in a step, so gradients that have masters may be kept in 16 bits, and are given to the optimizer by `step`.
+    deferred: computes the first values of a module that lies on the meta device, where stage 3 wants them on `device`.
     offload: "cpu" or "nvme=DIR", where masters, the optimizer's state and, under stage 3, parameters rest (rest.py).
     reduce_dtype: in which gradients of 16 bits are summed over ranks, their own by default.
     exact: gradients, and `norm`, are the same bits however many ranks there are (a power of two) and whatever the stage and group.
@@ -65,10 +68,13 @@ class Sharding:
         reduce_dtype: torch.dtype | None = None,
         one_backward: bool = False,
         offload: str | None = None,
+        deferred: Deferred | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self.stage = stage
         named = list(module.named_parameters())
-        self._rest = Rest(offload, named[0][1].device if named else torch.device("cpu"))
+        device = device or (named[0][1].device if named else torch.device("cpu"))
+        self._rest = Rest(offload, device)
         trained = [(name, parameter) for name, parameter in named if parameter.requires_grad]
         self._trained_dtypes = {id(parameter): parameter.dtype for _, parameter in named}
         for name, parameter in named:
@@ -78,7 +84,10 @@ class Sharding:
         self._group = ShardGroup(comm, group_size, exact)
         self.cuts = cuts = Cuts(self._rest)
         if stage == 3:
-            self._parameters: FlatParameters | GatheredParameters = GatheredParameters(module, self._group, cuts, self._rest, blocks, dtype_of)
+            initial = Initial(comm, device, deferred)
+            self._parameters: FlatParameters | GatheredParameters = GatheredParameters(
+                module, self._group, cuts, self._rest, initial, blocks, dtype_of
+            )
         else:
             limit, first = int(bucket_mb * 2**20), int(FIRST_BUCKET_MB * 2**20)
             align = self._rest.range_alignment

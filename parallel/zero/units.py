@@ -17,6 +17,7 @@ from ringfold.collectives.work import Work
 from ringfold.parallel.bucket import Bucket, DtypeOf
 from ringfold.parallel.zero.cuts import Cuts
 from ringfold.parallel.zero.group import ShardGroup
+from ringfold.parallel.zero.initial import Initial
 from ringfold.parallel.zero.rest import Rest
 from ringfold.parallel.zero.shard_file import Transfer
 from torch import nn
@@ -32,7 +33,9 @@ class Unit:
     What this rank owns of them is added to `cuts`, and lies where `rest` says.
     """
 
-    def __init__(self, name: str, named: Named, group: ShardGroup, others: Sequence[Bucket], cuts: Cuts, dtype_of: DtypeOf, rest: Rest) -> None:
+    def __init__(
+        self, name: str, named: Named, group: ShardGroup, others: Sequence[Bucket], cuts: Cuts, dtype_of: DtypeOf, rest: Rest, initial: Initial
+    ) -> None:
         self.name = name
         self._group = group
         self._rest = rest
@@ -41,7 +44,7 @@ class Unit:
             kinds.setdefault((dtype_of(*pair), pair[1].dtype, pair[1].requires_grad), []).append(pair)
         self.buckets: list[Bucket] = []
         for (dtype, _, _), members in kinds.items():
-            self.buckets.append(Bucket(members, group.size, [*others, *self.buckets], dtype, rest.range_alignment))
+            self.buckets.append(Bucket(members, group.size, [*others, *self.buckets], dtype, rest.range_alignment, initial.device))
         self.nbytes = sum(bucket.nbytes for bucket in self.buckets)
         self.memory: torch.Tensor | None = None  # bytes, in which this unit's parameters are, or are arriving
         self.is_shown = False
@@ -57,10 +60,9 @@ class Unit:
             self._shards.append(shard)
             cuts.add(bucket, group.rank, shard)
             for slot in bucket.slots:
-                cuts.fill(bucket, slot, slot.parameter.detach())
+                cuts.fill(bucket, slot, initial.of(slot.parameter))
                 self._absent.append(torch.full((), float("nan"), device=bucket.device).to(bucket.dtype).expand(slot.shape))
-                slot.parameter.data = self._absent[-1]
-        self.hide()
+                initial.let_go(slot.parameter, self._absent[-1])
 
     @property
     def shards_nbytes(self) -> int:

@@ -41,7 +41,7 @@ class Pair(nn.Module):
 
 def quantised_pair(bias: bool = True, **settings: Any) -> tuple[Pair, QuantisedLinears]:
     model = Pair(bias)
-    return model, QuantisedLinears(model, {}, Casting(model, torch.bfloat16), OneRank(), Fp8(**settings))  # type: ignore[arg-type]
+    return model, QuantisedLinears(model, {}, Casting(model, torch.bfloat16), OneRank(), Fp8(**settings), torch.device("cpu"))  # type: ignore[arg-type]
 
 
 class OneRank:
