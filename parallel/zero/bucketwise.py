@@ -8,11 +8,13 @@ in a file          what it steps on, and its state, lie in a `ShardFile`: of two
     disk      read 0 | read 1 | write 0 | read 2 | write 1 | read 3 | ...
     step              0        1                  2
 
-An optimizer leaves alone what has no gradient, so its own `step` is called once a bucket, with the pieces of that bucket only.
+An optimizer leaves alone what has no gradient, so its own `step` is called once a bucket, with the pieces of that bucket only. What it counts in
+its groups or itself (steps, sums of learning rates) it is made to count once.
 """
 
 from __future__ import annotations
 
+import copy
 import mmap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -85,9 +87,12 @@ class BucketwiseStep:
 
     def step(self, gradient_of: Callable[[nn.Parameter], torch.Tensor | None]) -> None:
         """Step on what `gradient_of` returns for each piece, in the piece's dtype and on its device; None: the piece is left alone."""
-        for pieces in self._in_memory():
+        restore = _counts(self._optimizer)
+        for number, pieces in enumerate(self._in_memory()):
             for piece in pieces:
                 piece.grad = gradient_of(piece)
+            if number:
+                restore()
             with self._only(pieces):
                 self._optimizer.step()
             for piece in pieces:
@@ -192,6 +197,19 @@ class BucketwiseStep:
             for key, resting in row.state.items():
                 if key in state:
                     state[key] = row.part(resting, number)
+
+
+def _counts(optimizer: Optimizer) -> Callable[[], None]:
+    """Return what gives the options of all groups, and the optimizer's own numbers, the values that they have now."""
+    groups = [{key: copy.deepcopy(value) for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    numbers = {key: value for key, value in vars(optimizer).items() if isinstance(value, int | float)}
+
+    def restore() -> None:
+        for group, before in zip(optimizer.param_groups, groups, strict=True):
+            group.update(copy.deepcopy(before))
+        vars(optimizer).update(numbers)
+
+    return restore
 
 
 def _padded(nbytes: int) -> int:

@@ -22,7 +22,18 @@ from ringfold.parallel.zero.shard_file import BLOCK_NBYTES, BOUNCE_NBYTES, Shard
 from torch import Tensor, nn
 
 from tests.harness import run_ranks
-from tests.parallel.test_engine import CLIP_NORM, LOSSES, ROWS, assert_same_numbers, make_engine, mine, plain_training, train, train_in_two_halves
+from tests.parallel.test_engine import (
+    CLIP_NORM,
+    LOSSES,
+    ROWS,
+    assert_same_numbers,
+    global_batches,
+    make_engine,
+    mine,
+    plain_training,
+    train,
+    train_in_two_halves,
+)
 from tests.parallel.test_zero import OPTIMIZERS, Small
 
 
@@ -109,6 +120,38 @@ def steps(world: Communicator, layout: str, optimizer: str) -> dict[str, Tensor]
         engine.train_step(mine((tokens[:, 0], tokens[:, 1]), world.rank, world.size))
     with engine.whole_parameters():
         return {name: value.clone() for name, value in engine.module.state_dict().items()}
+
+
+class Counting(torch.optim.SGD):
+    """Counts its steps in a group and in itself."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__([{"params": list(parameters), "steps": 0, "sums": torch.zeros(1)}], lr=0.1, momentum=0.9)
+        self.steps = 0
+
+    def step(self, closure: Any = None) -> Any:
+        self.steps += 1
+        for group in self.param_groups:
+            group["steps"] += 1
+            group["sums"] += self.steps
+            group["lr"] = 0.1 / (group["steps"] + float(group["sums"]))
+        return super().step(closure)
+
+
+def count_steps(world: Communicator, layout: str) -> tuple[list[Tensor], int, int]:
+    engine = make_engine(world, layout, optimizer=Counting, bucket_mb=0.001)
+    for batch in global_batches()[:3]:
+        engine.train_step(mine(batch, world.rank, world.size))
+    with engine.whole_parameters():
+        return [value.clone() for value in engine.module.parameters()], engine.optimizer.param_groups[0]["steps"], engine.optimizer.steps
+
+
+def test_an_optimizer_that_counts_its_steps_counts_one_for_all_buckets(tmp_path: Path) -> None:
+    expected, *counts = run_ranks(2, count_steps, "zero2")[0]
+    assert counts == [3, 3]
+    found, *counts = run_ranks(2, count_steps, f"zero2:nvme={tmp_path}")[0]
+    assert counts == [3, 3]
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

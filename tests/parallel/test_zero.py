@@ -186,7 +186,7 @@ def test_stage_2_holds_a_share_of_the_gradients() -> None:
     assert all(nbytes <= (elements + padding) / 4 * 8 for nbytes in run_ranks(4, memory, "zero2"))
 
 
-@pytest.mark.parametrize("layout", ["dp3 zero1", "dp4 zero2:group2 micro2"])
+@pytest.mark.parametrize("layout", ["dp3 zero1", "dp4 zero2:group2 micro2", "dp2 zero3:cpu", "dp2 zero3:nvme=/tmp"])
 def test_verify_proves_a_sharded_layout(layout: str) -> None:
     tokens = torch.randint(0, 11, (9, 6), generator=torch.Generator().manual_seed(0))
     report = rf.verify(Reader, (tokens[:, :-1], tokens[:, 1:]), F.cross_entropy, layout)
