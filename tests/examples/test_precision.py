@@ -10,13 +10,15 @@ from tests.examples.test_train_gpt import records, run
 
 STEPS = 500
 AVERAGED = 50  # the loss of one batch is several percent from that of the next
+# Of float32's 1.797, with the text of Python 3.11: bf16 -0.79 %, fp16 -0.25 %, two ranks instead of one 0.006 %. With batches of 8 and 32 rows bf16
+# is at 0.75 and -0.48 %, fp16 at -0.48 and 0.37 %: what remains is not the rounding of the loss, but that rounding leads training another way.
 DEADLINE_S = 300.0
 
 
 def final_loss(folder: Path, precision: str) -> float:
     """Train on two ranks and return the mean loss of the last steps."""
     folder.mkdir()
-    arguments = ("--size", "tiny", "--batch-size", "8", "--steps", str(STEPS), "--out", "run")
+    arguments = ("--size", "tiny", "--batch-size", "16", "--steps", str(STEPS), "--out", "run")
     done = run(folder, 2, *arguments, options=("--layout", precision, "--log-dir", "logs"), timeout_s=DEADLINE_S)
     assert done.returncode == 0, done.stdout + done.stderr
     losses = [record["loss"] for record in records(folder / "logs" / "metrics.jsonl") if "loss" in record]
