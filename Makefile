@@ -23,7 +23,7 @@ help:
 	@echo 'make sanitize                  the C++ tests under ASan, UBSan and TSan'
 	@echo 'make bench                     all_reduce and train_step beside gloo'
 	@echo 'make mpi                       Open MPI and MPICH beside $(VENV), for the tests over MPI'
-	@echo 'make peers                      Open MPI, MPICH, oneCCL and Horovod for make bench, in .venv-peers'
+	@echo 'make peers                     Open MPI, MPICH, oneCCL, Horovod and DeepSpeed for make bench, in .venv-peers'
 	@echo 'make venv                      only install into $(VENV)'
 
 venv: $(CORE)

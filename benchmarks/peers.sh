@@ -1,7 +1,7 @@
 #!/bin/sh
 # make peers: install the libraries that `ringfold bench` measures beside ringfold, as far as the package index has them.
 #
-#     benchmarks/peers.sh PYTHON [openmpi mpich oneccl horovod]
+#     benchmarks/peers.sh PYTHON [openmpi mpich oneccl horovod deepspeed]
 #
 # Each has a virtual environment of its own, .venv-peers/NAME: MPI packages overwrite each other's mpirun. None holds a torch: they use PYTHON's, through PYTHONPATH.
 # A peer that cannot be installed is a line that says so; the others go on. `ready` in its folder marks a peer that has joined two ranks.
@@ -47,14 +47,26 @@ horovod() {
     return $status
 }
 
-[ $# -gt 0 ] || set -- openmpi mpich oneccl horovod
+# Its numpy and torch are PYTHON's; it compiles what it needs when it is used, and ZeRO needs nothing.
+deepspeed() {
+    "$venv/bin/python" $pip 'setuptools<81' wheel einops==0.8.2 hjson==3.1.0 msgpack==1.2.4 packaging psutil py-cpuinfo==9.0.0 pydantic==2.14.4 tqdm==4.70.1 &&
+        PYTHONPATH=$torch "$venv/bin/python" $pip --no-deps --no-build-isolation deepspeed==0.19.8
+}
+
+joins() {  # two ranks do something together
+    case $1 in
+    deepspeed) "$python" -m ringfold run -n 2 -m ringfold.benchmarks.train_step --quick --shape 1x8 --sides deepspeed1,deepspeed3 ;;
+    *) "$python" -m ringfold.benchmarks.barrier -n 2 --sides "$1" --rounds 1 ;;
+    esac
+}
+
+[ $# -gt 0 ] || set -- openmpi mpich oneccl horovod deepspeed
 log=$(mktemp) && trap 'rm -f "$log"' EXIT
 for peer in "$@"; do
     venv=$root/.venv-peers/$peer
     if [ -e "$venv/ready" ]; then
         echo "peer $peer: already there"
-    elif { fresh && "$peer"; } >"$log" 2>&1 && touch "$venv/ready" &&
-        "$python" -m ringfold.benchmarks.barrier -n 2 --sides "$peer" --rounds 1 >"$log" 2>&1; then
+    elif { fresh && "$peer"; } >"$log" 2>&1 && touch "$venv/ready" && joins "$peer" >"$log" 2>&1; then
         echo "peer $peer: installed"
     else
         rm -f "$venv/ready"

@@ -3,10 +3,12 @@
     ringfold bench train_step -n 2
     ringfold bench train_step -n 2 --sides ddp,ddp_ringfold,fsdp,fsdp_ringfold     torch's own parallelism over gloo and over ringfold's backend
     ringfold bench train_step -n 2 --sides zero1,zero2,zero3,ddp,fsdp,fsdp_kept    shards beside DDP and FSDP2 (kept: it does not reshard)
+    ringfold bench train_step -n 2 --sides zero3,deepspeed1,deepspeed2,deepspeed3  and beside DeepSpeed's (make peers)
 
 All sides live in the same processes, so they share allocator, threads and machine, and run the same number of steps on the same batches with the
 same fused AdamW. They take turns in windows of some seconds, in an order that rotates; a window's time is that of the slowest rank. The table has
-the ratio of medians to DDP with the spread of the ratios of windows that ran next to each other, and the CPU seconds that a step costs all ranks.
+the ratio of medians to DDP with the spread of the ratios of windows that ran next to each other, the CPU seconds that a step costs all ranks, and
+the bytes of optimizer state that a rank holds.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import click
 import ringfold as rf
 import torch
 import torch.distributed as dist
+from ringfold.benchmarks import _deepspeed
 from ringfold.benchmarks._driver import Names, Spread, describe_run, gloo, run_on_ranks, slowest, summed, write_json
 from ringfold.benchmarks._model import GPT, SIZES, next_byte_loss, random_batches
 from torch import Tensor, nn
@@ -32,7 +35,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-SIDES = ("data_parallel", "engine", "zero1", "zero2", "zero3", "ddp", "ddp_ringfold", "fsdp", "fsdp_kept", "fsdp_ringfold", "alone")
+SIDES = (
+    *("data_parallel", "engine", "zero1", "zero2", "zero3"),
+    *("ddp", "ddp_ringfold", "fsdp", "fsdp_kept", "fsdp_ringfold", *_deepspeed.STAGES, "alone"),
+)
 DEFAULT_SIDES = "data_parallel,engine,ddp,alone"
 WARMUP_STEPS = 4
 BATCHES = 8
@@ -45,6 +51,7 @@ class Side:
 
     name: str
     module: nn.Module
+    optimizer: torch.optim.Optimizer
     step: Callable[[Batch], object]
     samples_per_s: list[float] = field(default_factory=list)
     cpu_s_per_step: list[float] = field(default_factory=list)
@@ -63,13 +70,15 @@ def torch_group(name: str) -> Any:
     return dist.new_group(backend="ringfold")
 
 
-def make_side(name: str, mesh: rf.DeviceMesh, build: Callable[[], GPT]) -> Side:
+def make_side(name: str, mesh: rf.DeviceMesh, build: Callable[[], GPT], rows: int) -> Side:
     """Build a side; every one starts from the same parameters."""
     torch.manual_seed(0)
     module = build()
+    if name in _deepspeed.STAGES:
+        return deepspeed_side(name, module, rows)
     if name == "engine":
         engine = rf.Engine(module, mesh, loss=next_byte_loss, optimizer=adamw)
-        return Side(name, module, engine.train_step)
+        return Side(name, module, engine.optimizer, engine.train_step)
     model: nn.Module = module
     if name == "data_parallel":
         model = rf.DataParallel(module, mesh["dp"])
@@ -90,7 +99,18 @@ def make_side(name: str, mesh: rf.DeviceMesh, build: Callable[[], GPT]) -> Side:
         optimizer.step()
         optimizer.zero_grad()
 
-    return Side(name, model, step)
+    return Side(name, model, optimizer, step)
+
+
+def deepspeed_side(name: str, module: GPT, rows: int) -> Side:
+    engine = _deepspeed.zero(module, adamw(module.parameters()), _deepspeed.STAGES[name], rows)
+
+    def step(batch: Batch) -> None:
+        inputs, target = batch
+        engine.backward(next_byte_loss(engine(inputs), target))
+        engine.step()
+
+    return Side(name, engine, engine.optimizer.optimizer, step)
 
 
 def run_steps(comm: rf.Communicator, side: Side, batches: list[Batch], steps: int) -> tuple[float, float]:
@@ -113,14 +133,22 @@ def whole_parameters(side: Side) -> list[Tensor]:
     if isinstance(side.module, rf.ZeRO):
         with side.module.whole_parameters():
             return [parameter.detach().clone() for parameter in side.module.parameters()]
+    if side.name in _deepspeed.STAGES:
+        return _deepspeed.whole_parameters(side.module)
     parameters = (parameter.detach() for parameter in side.module.parameters())
     return [parameter.full_tensor() if isinstance(parameter, DTensor) else parameter for parameter in parameters]
+
+
+def state_nbytes(side: Side) -> int:
+    """Return the bytes of optimizer state on this rank."""
+    values = (value for state in side.optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
+    return sum((value.to_local() if isinstance(value, DTensor) else value).nbytes for value in values)
 
 
 def measure(mesh: rf.DeviceMesh, names: list[str], size: str, rows: int, tokens: int, pairs: int, window_s: float) -> list[dict[str, Any]]:
     """Run all sides at one shape and return one row for each."""
     comm = mesh.world
-    sides = [make_side(name, mesh, lambda: GPT(SIZES[size], tokens)) for name in names]
+    sides = [make_side(name, mesh, lambda: GPT(SIZES[size], tokens), rows) for name in names]
     batches = random_batches(BATCHES, rows, tokens, seed=comm.rank)
     warm_s = [run_steps(comm, side, batches, WARMUP_STEPS)[0] for side in sides]
     apart = {side.name: difference(side, sides[names.index("ddp")]) for side in sides}
@@ -153,13 +181,14 @@ def row_of(side: Side, sides: list[Side], rows: int, tokens: int, steps: int, ap
         "times_ddp_high": paired.high,
         "share_of_ceiling": spread.median / Spread.of(ceiling.samples_per_s).median,
         "cpu_s_per_step": Spread.of(side.cpu_s_per_step).median,
+        "state_nbytes": state_nbytes(side),
         "difference_to_ddp": apart if side is not ceiling else None,
     }
 
 
 HEADER = """\
-| rows x tokens | side | samples/s (lowest to highest) | times DDP (of pairs) | of ceiling | CPU s/step | parameters differ from DDP's by |
-|---|---|---|---|---|---|---|"""
+| rows x tokens | side | samples/s (lowest to highest) | times DDP (of pairs) | of ceiling | CPU s/step | state MiB | parameters off DDP's by |
+|---|---|---|---|---|---|---|---|"""
 
 
 def line_of(row: dict[str, Any]) -> str:
@@ -167,7 +196,7 @@ def line_of(row: dict[str, Any]) -> str:
     return (
         f"| {row['shape']} | {row['side']} | {row['samples_per_s']:.2f} ({row['samples_per_s_low']:.2f} to {row['samples_per_s_high']:.2f}) "
         f"| {row['times_ddp']:.3f} ({row['times_ddp_low']:.3f} to {row['times_ddp_high']:.3f}) | {row['share_of_ceiling']:.3f} "
-        f"| {row['cpu_s_per_step']:.3f} | {apart} |"
+        f"| {row['cpu_s_per_step']:.3f} | {row['state_nbytes'] / 2**20:.1f} | {apart} |"
     )
 
 
@@ -202,7 +231,8 @@ def main(
     mesh = rf.init()
     comm = mesh.world
     show = click.echo if comm.rank == 0 else lambda _: None
-    names = [name for name in SIDES if name in names or name in ("ddp", "alone")]
+    missing = [name for name in names if name in _deepspeed.STAGES and not _deepspeed.is_installed()]
+    names = [name for name in SIDES if name in {*names, "ddp", "alone"} - {*missing}]
     rows = []
     show(HEADER)
     with gloo(comm):
@@ -211,12 +241,15 @@ def main(
                 rows.append(row)
                 show(line_of(row))
     run = describe_run(comm)
+    if not _deepspeed.STAGES.keys().isdisjoint(names):
+        run["versions"]["deepspeed"] = _deepspeed.version()
     settings = {"size": size, "pairs": pairs, "window_s": window_s, "optimizer": "AdamW(fused=True)"}
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
     chosen = ", ".join(f"{name} {value}" for name, value in settings.items())
-    show(f"\n{run['machine']}; {versions}; {run['ranks']} ranks, {run['threads_per_rank']} thread(s) each; {chosen}\n{run['command']}")
+    show("".join(f"\nnot installed: {name} (make peers)" for name in missing))
+    show(f"{run['machine']}; {versions}; {run['ranks']} ranks, {run['threads_per_rank']} thread(s) each; {chosen}\n{run['command']}")
     if json_path is not None and comm.rank == 0:
-        write_json(json_path, {"benchmark": "train_step", **run, **settings, "rows": rows})
+        write_json(json_path, {"benchmark": "train_step", **run, **settings, "not_installed": missing, "rows": rows})
     rf.shutdown()
 
 

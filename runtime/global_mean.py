@@ -7,8 +7,9 @@
     finish()           the global mean, and the factor that the gradients still lack
 
 Three policies, cheapest first. AHEAD: every count is known from the batch alone; backward is divided by it, exactly. AFTER: one term
-whose count only the loss knows; backward is divided by a power of two near the last step's count, and the gradients get the exact rest
-once, together with clipping (no pass at all where the count is that power of two). BETWEEN: several such terms have different
+whose count only the loss knows; backward is divided by a power of two near the last step's count (in the first step that of the first microbatches,
+else the sum of a loss would overflow in fp16), and the gradients get the exact rest once, together with clipping (no pass at all where the count is
+that power of two). BETWEEN: several such terms have different
 denominators, which no factor can mend afterwards; all forwards run before the first backward, at the price of every microbatch's
 activations.
 
@@ -98,13 +99,16 @@ class GlobalMean:
 
         Raises: ConfigError on every rank if their losses returned different terms, or if no rank has a row.
         """
-        mine = None if terms is None else signature_of(terms)
-        found = {s for s in self._comm.all_gather_object(mine) if s is not None}
+        mine = None if terms is None else (signature_of(terms), next(iter(terms.values())).count)
+        told = [theirs for theirs in self._comm.all_gather_object(mine) if theirs is not None]
+        found = {signature for signature, _ in told}
         if len(found) > 1:
             raise ConfigError(f"loss: ranks returned different terms: {' / '.join(sorted(map(describe, found)))}. They must be the same everywhere.")
         if not found:
             raise ConfigError(f"train step {self._step}: no rank has a row, so there is no loss. Skip empty global batches.")
         self._signature = found.pop()
+        if not self._exact:  # which microbatches are the first depends on the number of ranks
+            self._guess = power_of_two_near(sum(count or 0.0 for _, count in told))
         self._sums = self._allocate(self._signature)
         self._choose()
 
@@ -154,7 +158,7 @@ class GlobalMean:
         if self._policy is not Policy.AFTER:
             return loss, 1.0
         factor = self._guess / denominators[0]
-        self._guess = 2.0 ** round(math.log2(denominators[0]))
+        self._guess = power_of_two_near(denominators[0])
         return loss, factor
 
     def _choose(self) -> None:
@@ -209,6 +213,10 @@ def global_mean(total: Tensor, count: float | Tensor, comm: Communicator | None 
         raise ConfigError(f"global_mean: the counts of all {comm.size} ranks add up to {float(sums[1])}. Skip batches without a valid target.")
     mean = (sums[0] / sums[1]).to(total)
     return mean + (total - total.detach()) * (comm.size / float(sums[1]))
+
+
+def power_of_two_near(count: float) -> float:
+    return 2.0 ** round(math.log2(count)) if count > 0 else 1.0
 
 
 def signature_of(terms: Mapping[str, Term]) -> Signature:

@@ -14,6 +14,8 @@ import psutil
 import pytest
 import torch
 from click.testing import CliRunner
+from ringfold.benchmarks._deepspeed import STAGES
+from ringfold.benchmarks._deepspeed import is_installed as is_deepspeed_installed
 from ringfold.benchmarks._group import Group, GroupFailed, _sweep
 from ringfold.benchmarks._libraries import LIBRARIES, Library, is_installed
 from ringfold.benchmarks._operations import DTYPES, OPERATIONS, REDUCTIONS
@@ -254,6 +256,23 @@ def test_train_step_measures_all_sides_and_they_train_alike(sides: list[str], tm
             # AdamW divides by the root of tiny second moments, so rounding may move a step of 3e-4 by a part of itself, four times.
             assert row["difference_to_ddp"] < 4 * 3e-4 * 0.1
     assert sum("| " in line for line in output.splitlines()) >= 1 + len(rows)
+
+
+@pytest.mark.slow
+def test_deepspeed_trains_as_ddp_does_with_a_share_of_its_state_or_is_said_to_be_missing(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    output = run_benchmark("train_step", "-n", "2", "--quick", "--shape", "2x8", "--sides", ",".join(STAGES), "--json", str(path))
+    result = json.loads(path.read_text())
+    rows = {row["side"]: row for row in result["rows"]}
+    if not is_deepspeed_installed():
+        assert list(rows) == ["ddp", "alone"]
+        assert result["not_installed"] == list(STAGES)
+        assert "not installed: deepspeed1 (make peers)" in output
+        return
+    assert list(rows) == ["ddp", *STAGES, "alone"]
+    for side in STAGES:
+        assert rows[side]["difference_to_ddp"] < 4 * 3e-4 * 0.1
+        assert rows[side]["state_nbytes"] == pytest.approx(rows["ddp"]["state_nbytes"] / 2, rel=0.02)
 
 
 @pytest.mark.slow

@@ -20,10 +20,10 @@ SAME = 2e-4  # float32 sums in another order, through a few AdamW steps; a row w
 SCRIPT = ROOT / "examples" / "train_gpt.py"
 
 
-def run(folder: Path, ranks: int, *arguments: str, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+def run(folder: Path, ranks: int, *arguments: str, options: tuple[str, ...] = (), timeout_s: float = 110) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "ringfold", "run", "-n", str(ranks), *options, str(SCRIPT), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=110)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout_s)
 
 
 def records(path: Path) -> list[dict[str, float]]:

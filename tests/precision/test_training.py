@@ -154,6 +154,22 @@ def test_an_overflow_on_one_rank_is_skipped_by_all_and_halves_the_scale_once(lay
     assert all(finite for _, _, finite in results)
 
 
+def summed(output: Tensor, target: Tensor) -> tuple[Tensor, int]:
+    return F.cross_entropy(output, target, reduction="sum"), target.numel()
+
+
+def skipped(world: Communicator, layout: str) -> int:
+    engine = make_engine(world, layout, Model, loss=summed, optimizer=lambda p: torch.optim.SGD(p, lr=1e-3))
+    for batch in engine.shard(batches(2, rows=64)):
+        engine.train_step(batch)
+    return engine.skipped_steps
+
+
+def test_a_loss_that_counts_itself_overflows_no_more_on_two_ranks_than_on_one() -> None:
+    for size, layout in ((1, "fp16"), (2, "fp16"), (2, "fp16 zero3 micro2")):
+        assert run_ranks(size, skipped, layout) == [0] * size
+
+
 def hopeless(world: Communicator) -> str:
     engine = engine_of(world, "fp16 zero2")
     engine._scaler = LossScaler(patience=3)

@@ -16,7 +16,9 @@ from typing import Any
 import pytest
 import torch
 
+from tests.cluster.hosts import wait_until_gone
 from tests.harness import RankError, RanksHung, run_ranks, spawn_ranks
+from tests.harness.cgroups import MemoryGroups, missing_feature
 from tests.harness.compare import FLOATS, assert_bitwise_equal, assert_close_ulp, assert_fold, fold_bound, reference
 from tests.harness.leaks import no_leaks
 
@@ -235,3 +237,29 @@ def test_ulps_are_counted_in_the_narrow_type() -> None:
     assert_close_ulp(torch.nextafter(one, 2 * one), one.double(), 1)
     with pytest.raises(AssertionError, match=r"2\.0 ulp"):
         assert_close_ulp(one + 2 * torch.finfo(torch.float32).eps, one.double(), 1)
+
+
+HOLDER = """
+import subprocess
+from tests.harness.cgroups import MemoryGroups
+groups = MemoryGroups(1)
+enter = ["sh", "-c", 'echo 0 >"$0"; echo in; exec tail -f /dev/null', f"{groups.prefix}0/cgroup.procs"]
+with subprocess.Popen(enter, stdout=subprocess.PIPE) as left:
+    left.stdout.readline()
+    print(left.pid, f"{groups.prefix}0", flush=True)
+    input()
+"""
+
+
+def test_the_control_groups_of_a_killed_test_are_swept_by_the_next_with_what_is_in_them() -> None:
+    reason = missing_feature()
+    if reason is not None:
+        pytest.skip(reason)
+    with subprocess.Popen([sys.executable, "-c", HOLDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        pid, folder = holder.stdout.readline().split()
+        assert (Path(folder) / "cgroup.procs").read_text().split() == [pid]
+        os.kill(holder.pid, signal.SIGKILL)
+    with MemoryGroups(1):
+        assert not Path(folder).exists()
+    assert not wait_until_gone([int(pid)])
