@@ -44,8 +44,8 @@ def version() -> str:
 
 
 def zero(module: nn.Module, optimizer: torch.optim.Optimizer, stage: int, rows: int) -> Any:
-    """Return DeepSpeed's engine for a module and its optimizer, with its own defaults for everything but the stage."""
-    settings = {"train_micro_batch_size_per_gpu": rows, "zero_optimization": {"stage": stage}}
+    """Return DeepSpeed's engine for a module and its optimizer; all but the stage is its default, except that it clips nothing, as no side does."""
+    settings = {"train_micro_batch_size_per_gpu": rows, "gradient_clipping": 0.0, "zero_optimization": {"stage": stage}}
     return _library().initialize(model=module, optimizer=optimizer, config=settings)[0]
 
 

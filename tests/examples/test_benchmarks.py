@@ -271,7 +271,7 @@ def test_deepspeed_trains_as_ddp_does_with_a_share_of_its_state_or_is_said_to_be
         return
     assert list(rows) == ["ddp", *STAGES, "alone"]
     for side in STAGES:
-        assert rows[side]["difference_to_ddp"] < 4 * 3e-4 * 0.1
+        assert rows[side]["difference_to_ddp"] < 1e-6  # so little that gradients which were clipped, to which AdamW is almost blind, would show
         assert rows[side]["state_nbytes"] == pytest.approx(rows["ddp"]["state_nbytes"] / 2, rel=0.02)
 
 
