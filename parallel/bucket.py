@@ -73,12 +73,12 @@ class Bucket:
         ranks: int = 1,
         unlike: Collection[Bucket] = (),
         dtype: torch.dtype | None = None,
-        range_alignment: int = ALIGNMENT,
+        alignment: int = ALIGNMENT,
         device: torch.device | None = None,
     ) -> None:
         """Lay out a group; its length will be that of none of `unlike`, its elements of `dtype` on `device` if those are not the parameters' own.
 
-        range_alignment: what the length of a range is a multiple of, in elements; itself a multiple of 64.
+        alignment: where parameters and ranges begin, in elements; a multiple of 64.
         """
         self.dtype, self.device = dtype or group[0][1].dtype, device or group[0][1].device
         self.ranks = ranks
@@ -86,8 +86,8 @@ class Bucket:
         end = 0
         for position, (name, parameter) in enumerate(group):
             self.slots.append(Slot(name, parameter, position, end, parameter.shape, _strides(parameter)))
-            end += _aligned(parameter.numel())
-        step, taken = range_alignment * ranks, {other.numel for other in unlike}
+            end += _aligned(parameter.numel(), alignment)
+        step, taken = alignment * ranks, {other.numel for other in unlike}
         self.numel: int = max(1, -(-end // step)) * step
         while self.numel in taken:
             self.numel += step
@@ -122,7 +122,7 @@ def partition(
     first_nbytes: int | None = None,
     ranks: int = 1,
     dtype_of: DtypeOf = own_dtype,
-    range_alignment: int = ALIGNMENT,
+    alignment: int = ALIGNMENT,
 ) -> list[Bucket]:
     """Group parameters, last one first, by dtype and device, into buckets of at most `limit_nbytes`; a larger parameter has its own.
 
@@ -133,7 +133,7 @@ def partition(
     filled_nbytes: dict[tuple[torch.dtype, torch.dtype, torch.device], int] = {}
     for name, parameter in reversed(named):
         dtype = dtype_of(name, parameter)
-        kind, nbytes = (dtype, parameter.dtype, parameter.device), _aligned(parameter.numel()) * dtype.itemsize
+        kind, nbytes = (dtype, parameter.dtype, parameter.device), _aligned(parameter.numel(), alignment) * dtype.itemsize
         limit = limit_nbytes if closed or first_nbytes is None else min(limit_nbytes, first_nbytes)
         if kind in filling and filled_nbytes[kind] + nbytes > limit:
             closed.append((dtype, filling.pop(kind)))
@@ -142,11 +142,11 @@ def partition(
         filling[kind].append((name, parameter))
         filled_nbytes[kind] += nbytes
     closed += [(dtype, group) for (dtype, _, _), group in filling.items()]
-    return [Bucket(group, ranks, dtype=dtype, range_alignment=range_alignment) for dtype, group in closed]
+    return [Bucket(group, ranks, dtype=dtype, alignment=alignment) for dtype, group in closed]
 
 
-def _aligned(count: int) -> int:
-    return -(-count // ALIGNMENT) * ALIGNMENT
+def _aligned(count: int, alignment: int) -> int:
+    return -(-count // alignment) * alignment
 
 
 def _strides(parameter: nn.Parameter) -> tuple[int, ...]:

@@ -2,8 +2,8 @@
 
 16-bit gradients   are given to it in the masters' dtype; no more than one bucket of them exists so
 offloaded to host  gradients are brought there, the step runs on the host's masters
-in a file          what it steps on, and its state, lie in a `ShardFile`: of two rows of memory one is stepped on while the other is written back
-                   and read for the bucket after the next
+in a file          what it steps on, and its state, lie in a `ShardFile`, and pass a part of a bucket at a time through two rows of memory: one is
+                   stepped on while the other is written back and read for the part after the next
 
     disk      read 0 | read 1 | write 0 | read 2 | write 1 | read 3 | ...
     step              0        1                  2
@@ -18,7 +18,7 @@ import copy
 import mmap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from ringfold.parallel.bucket import Bucket
@@ -31,22 +31,19 @@ from torch.optim import Optimizer
 __all__ = ["BucketwiseStep"]
 
 ROWS = 2
+ROW_NUMEL = 2 << 20  # of each vector in a row; a larger piece is a row of its own
 
 
 @dataclass(eq=False)
 class _Row:
-    """What of one bucket lies in a file: `trained` (and `home`, if that is another copy), and vectors of state, each as long as this rank's range."""
+    """Pieces that lie one after the other in a bucket, and their range of each vector: what is trained, its home if that is another, state."""
 
     pieces: list[nn.Parameter]
     starts: list[int]  # of the pieces in the vectors
-    length: int
-    trained: torch.Tensor | None
+    trained: torch.Tensor
     home: torch.Tensor | None
-    state: dict[str, torch.Tensor] = field(default_factory=dict)
-
-    @property
-    def resting(self) -> list[torch.Tensor]:
-        return [vector for vector in (self.trained, self.home, *self.state.values()) if vector is not None]
+    state: dict[str, torch.Tensor]
+    resting: list[torch.Tensor]  # those of the vectors that lie in the file
 
     @property
     def nbytes(self) -> int:
@@ -68,11 +65,11 @@ class BucketwiseStep:
         self._optimizer = optimizer
         self._cuts = cuts
         self._file = file
-        self._buckets = [(bucket, [piece for _, piece in mine]) for bucket, mine in cuts.of.items() if bucket.slots[0].parameter.requires_grad]
-        self._rows = [] if file is None else [self._row(file, bucket, pieces, states) for bucket, pieces in self._buckets]
+        buckets = [bucket for bucket in cuts.of if bucket.slots[0].parameter.requires_grad]
+        self._rows = [row for bucket in buckets for row in self._cut(bucket, states)]
         largest = max((row.nbytes for row in self._rows), default=0)
         # mapped, so that it begins on a page
-        self._memory = [torch.frombuffer(mmap.mmap(-1, max(largest, 1)), dtype=torch.uint8) for _ in self._rows[:ROWS]]
+        self._memory = [torch.frombuffer(mmap.mmap(-1, largest), dtype=torch.uint8) for _ in self._rows[:ROWS]] if largest else []
 
     @property
     def nbytes(self) -> int:
@@ -81,9 +78,8 @@ class BucketwiseStep:
 
     def settle(self) -> None:
         """Move state that was loaded into the file."""
-        if self._file is not None:
-            for _ in self._in_memory():
-                pass
+        for _ in self._in_memory() if self._file is not None else ():
+            pass
 
     def step(self, gradient_of: Callable[[nn.Parameter], torch.Tensor | None]) -> None:
         """Step on what `gradient_of` returns for each piece, in the piece's dtype and on its device; None: the piece is left alone."""
@@ -111,49 +107,47 @@ class BucketwiseStep:
                 group["params"] = pieces_of_group
 
     def _in_memory(self) -> Iterator[list[nn.Parameter]]:
-        """Yield the pieces of each bucket while they, and their state, are in memory; masters are rounded back."""
-        file = self._file
-        if file is None:
-            for bucket, pieces in self._buckets:
-                yield pieces
-                if bucket in self._cuts.masters:
-                    self._cuts.homes[bucket].copy_(self._cuts.masters[bucket], non_blocking=True)
-            return
-        vectors = [self._views(row, self._memory[number % ROWS]) for number, row in enumerate(self._rows)]
-        reads: list[list[Transfer]] = [self._read(file, *pair) for pair in zip(self._rows[:ROWS], vectors, strict=False)]
+        """Yield the pieces of each row while they, and their state, are in memory; masters are rounded back."""
+        file = self._file if self._memory else None  # it may have nothing to keep
+        vectors = [self._views(row, self._memory[number % ROWS]) for number, row in enumerate(self._rows)] if self._memory else []
+        reads = [self._read(file, *pair) for pair in zip(self._rows[:ROWS], vectors, strict=False)] if file is not None else []
         writes: list[Transfer] = []
-        for number, (row, (bucket, pieces)) in enumerate(zip(self._rows, self._buckets, strict=True)):
-            for transfer in reads[number]:
-                transfer.wait()
-            here = dict(zip(map(id, row.resting), vectors[number], strict=True))
-            self._bring(row, here)
-            yield pieces
+        for number, row in enumerate(self._rows):
+            here: dict[int, torch.Tensor] = {}
+            if file is not None:
+                for transfer in reads[number]:
+                    transfer.wait()
+                here = dict(zip(map(id, row.resting), vectors[number], strict=True))
+                self._bring(row, here)
+            yield row.pieces
             self._adopt(row, here)
-            if bucket in self._cuts.masters:
-                master, home = self._cuts.masters[bucket], self._cuts.homes[bucket]
-                here.get(id(home), home).copy_(here[id(master)])
-            writes += [file.store(resting, here[id(resting)]) for resting in row.resting]
-            if number + ROWS < len(self._rows):  # the thread reads it after it has written this one
-                reads.append(self._read(file, self._rows[number + ROWS], vectors[number + ROWS]))
-            self._rest(row)
+            if row.home is not None:
+                here.get(id(row.home), row.home).copy_(here.get(id(row.trained), row.trained), non_blocking=True)
+            if file is not None:
+                writes += [file.store(resting, here[id(resting)]) for resting in row.resting]
+                if number + ROWS < len(self._rows):  # the thread reads it after it has written this one
+                    reads.append(self._read(file, self._rows[number + ROWS], vectors[number + ROWS]))
+                self._rest(row)
         for transfer in writes:
             transfer.wait()
 
-    def _row(self, file: ShardFile, bucket: Bucket, pieces: list[nn.Parameter], states: States) -> _Row:
-        home = self._cuts.homes[bucket]
+    def _cut(self, bucket: Bucket, states: States) -> Iterator[_Row]:
+        """Cut what this rank has of a bucket into rows; where nothing lies in a file that is one row."""
+        file, home = self._file, self._cuts.homes[bucket]
         trained = self._cuts.masters.get(bucket, home)
-        row = _Row(
-            pieces,
-            [self._cuts.start(bucket, piece) for piece, _ in self._cuts.of[bucket]],
-            home.numel(),
-            trained if file.holds(trained) else None,
-            home if trained is not home and file.holds(home) else None,
-        )
-        for piece in pieces:
-            for key, dtype in states[id(piece)].items():
-                if key not in row.state:
-                    row.state[key] = file.new(row.length, dtype)
-        return row
+        mine = [(self._cuts.start(bucket, piece), parameter) for piece, parameter in self._cuts.of[bucket]]
+        kinds = {key: dtype for _, parameter in mine for key, dtype in states[id(parameter)].items()}
+        state = {} if file is None else {key: file.new(home.numel(), dtype) for key, dtype in kinds.items()}
+        while mine:
+            begin = mine[0][0]
+            count = 1 + sum(start + p.numel() - begin <= ROW_NUMEL for start, p in mine[1:]) if file is not None else len(mine)
+            taken, mine = mine[:count], mine[count:]
+            end = taken[-1][0] + taken[-1][1].numel()
+            of_row = {key: vector[begin:end] for key, vector in state.items()}
+            row_trained, row_home = trained[begin:end], home[begin:end] if trained is not home else None
+            vectors = [row_trained, *([] if row_home is None else [row_home]), *of_row.values()]
+            resting = [] if file is None else [vector for vector in vectors if file.holds(vector)]
+            yield _Row([p for _, p in taken], [start - begin for start, _ in taken], row_trained, row_home, of_row, resting)
 
     def _read(self, file: ShardFile, row: _Row, vectors: list[torch.Tensor]) -> list[Transfer]:
         return [file.fetch(resting, vector) for resting, vector in zip(row.resting, vectors, strict=True) if resting is not row.home]
@@ -168,7 +162,7 @@ class BucketwiseStep:
     def _bring(self, row: _Row, here: Mapping[int, torch.Tensor]) -> None:
         """Point pieces and state at memory; state that lies elsewhere (it was loaded) is copied there."""
         for number, piece in enumerate(row.pieces):
-            if row.trained is not None:
+            if id(row.trained) in here:
                 piece.data = row.part(here[id(row.trained)], number)
             state = self._optimizer.state.get(piece, {})
             for key, resting in row.state.items():
@@ -191,8 +185,7 @@ class BucketwiseStep:
     def _rest(self, row: _Row) -> None:
         """Point pieces and state at the file."""
         for number, piece in enumerate(row.pieces):
-            if row.trained is not None:
-                piece.data = row.part(row.trained, number)
+            piece.data = row.part(row.trained, number)
             state = self._optimizer.state.get(piece, {})
             for key, resting in row.state.items():
                 if key in state:

@@ -54,6 +54,13 @@ class Cuts:
                 if bucket in self.masters:
                     self.homes[bucket][self.start(bucket, piece) :][: piece.numel].copy_(part)
 
+    def settle(self, bucket: Bucket) -> None:
+        """Take no more memory for a bucket than `rest` says, once it is filled."""
+        file = self._rest.file
+        for vector in (self.homes[bucket], self.masters.get(bucket)):
+            if file is not None and vector is not None and file.holds(vector):
+                file.forget_pages(vector)
+
     @property
     def have_masters(self) -> bool:
         """Whether what is trained is not what is computed with, on this rank or another."""

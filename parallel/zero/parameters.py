@@ -35,6 +35,7 @@ class FlatParameters:
                 slot.view(flat).copy_(values)
                 self._cuts.fill(bucket, slot, values)
                 slot.parameter.data = slot.view(flat)
+            cuts.settle(bucket)
             self._flats.append((bucket, flat))
 
     @property

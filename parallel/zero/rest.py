@@ -26,8 +26,8 @@ class Rest:
         self.file = ShardFile(offload.removeprefix("nvme=")) if offload is not None and offload != "cpu" else None
         self.needs_masters = offload is not None and device.type != "cpu"  # what the host steps on is not what the device computes with
         self.is_elsewhere = self.needs_masters or self.file is not None
-        # So that a range begins and ends with a block in memory, and in the file, and is moved without a copy, whatever its dtype.
-        self.range_alignment = ALIGNMENT if self.file is None else BLOCK_NBYTES // 2
+        # So that pieces begin with a block in memory, and in the file, and are moved without a copy, whatever their dtype.
+        self.alignment = ALIGNMENT if self.file is None else BLOCK_NBYTES // 2
 
     def new(self, comm: Communicator, numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Return zeros for a rank's range of a bucket that other ranks gather."""

@@ -62,8 +62,7 @@ class ShardFile:
         self.directory = Path(directory)
         self._fd, self.is_direct = _open_nameless(self.directory)
         self._end = 0
-        self._offsets: dict[int, int] = {}  # by address of the tensor
-        self._mappings: list[mmap.mmap] = []
+        self._mapped: dict[int, tuple[int, mmap.mmap]] = {}  # by address of the storage, where it begins in the file
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ringfold-shard-file")
         self._bounce: mmap.mmap | None = None
 
@@ -91,29 +90,31 @@ class ShardFile:
             ) from error
         mapping = mmap.mmap(self._fd, nbytes, offset=self._end)
         tensor = torch.frombuffer(mapping, dtype=dtype, count=numel)
-        self._mappings.append(mapping)
-        self._offsets[tensor.data_ptr()] = self._end
+        self._mapped[tensor.data_ptr()] = self._end, mapping
         self._end += nbytes
         return tensor
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Tell whether a tensor is one that `new` made, or a view of one."""
-        return tensor.untyped_storage().data_ptr() in self._offsets
+        return tensor.untyped_storage().data_ptr() in self._mapped
 
     def fetch(self, resting: torch.Tensor, into: torch.Tensor) -> Transfer:
-        """Begin to read a resting tensor into contiguous memory as long."""
-        return Transfer(self._thread.submit(self._transfer, os.preadv, self._offsets[resting.data_ptr()], into, to_memory=True), self.directory)
+        """Begin to read a resting tensor, or a part of one that begins with a block, into contiguous memory as long."""
+        return Transfer(self._thread.submit(self._transfer, os.preadv, self._offset(resting), into, to_memory=True), self.directory)
 
     def store(self, resting: torch.Tensor, values: torch.Tensor) -> Transfer:
-        """Begin to write contiguous memory to a resting tensor as long."""
-        return Transfer(self._thread.submit(self._transfer, os.pwritev, self._offsets[resting.data_ptr()], values, to_memory=False), self.directory)
+        """Begin to write contiguous memory to a resting tensor, or a part of one that begins with a block, as long."""
+        return Transfer(self._thread.submit(self._transfer, os.pwritev, self._offset(resting), values, to_memory=False), self.directory)
 
-    def forget_pages(self) -> None:
+    def _offset(self, resting: torch.Tensor) -> int:
+        return self._mapped[resting.untyped_storage().data_ptr()][0] + int(resting.storage_offset()) * resting.itemsize
+
+    def forget_pages(self, resting: torch.Tensor) -> None:
         """Write what was changed through the mapping, and give its pages back to the system."""
-        for mapping in self._mappings:
-            mapping.flush()
-            mapping.madvise(mmap.MADV_DONTNEED)
-        os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        offset, mapping = self._mapped[resting.data_ptr()]
+        mapping.flush()
+        mapping.madvise(mmap.MADV_DONTNEED)
+        os.posix_fadvise(self._fd, offset, len(mapping), os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
         """End the thread and give the space back; tensors stay readable as long as someone holds them."""
@@ -121,8 +122,7 @@ class ShardFile:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-        self._mappings.clear()
-        self._offsets.clear()
+        self._mapped.clear()
 
     def _transfer(self, call: Callable[[int, list[memoryview], int], int], offset: int, tensor: torch.Tensor, *, to_memory: bool) -> None:
         address, left = tensor.data_ptr(), tensor.nbytes

@@ -90,11 +90,9 @@ class Sharding:
             )
         else:
             limit, first = int(bucket_mb * 2**20), int(FIRST_BUCKET_MB * 2**20)
-            align = self._rest.range_alignment
-            buckets = partition(trained, limit, first_nbytes=first, ranks=self._group.size, dtype_of=dtype_of, range_alignment=align)
+            align = self._rest.alignment
+            buckets = partition(trained, limit, first_nbytes=first, ranks=self._group.size, dtype_of=dtype_of, alignment=align)
             self._parameters = FlatParameters(buckets, self._group, cuts)
-        if self._rest.file is not None:
-            self._rest.file.forget_pages()
         self.gradients = ShardedGradients(
             named,
             {bucket: mine for bucket, mine in cuts.of.items() if bucket.slots[0].parameter.requires_grad},

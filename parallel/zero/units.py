@@ -44,7 +44,7 @@ class Unit:
             kinds.setdefault((dtype_of(*pair), pair[1].dtype, pair[1].requires_grad), []).append(pair)
         self.buckets: list[Bucket] = []
         for (dtype, _, _), members in kinds.items():
-            self.buckets.append(Bucket(members, group.size, [*others, *self.buckets], dtype, rest.range_alignment, initial.device))
+            self.buckets.append(Bucket(members, group.size, [*others, *self.buckets], dtype, rest.alignment, initial.device))
         self.nbytes = sum(bucket.nbytes for bucket in self.buckets)
         self.memory: torch.Tensor | None = None  # bytes, in which this unit's parameters are, or are arriving
         self.is_shown = False
@@ -63,6 +63,7 @@ class Unit:
                 cuts.fill(bucket, slot, initial.of(slot.parameter))
                 self._absent.append(torch.full((), float("nan"), device=bucket.device).to(bucket.dtype).expand(slot.shape))
                 initial.let_go(slot.parameter, self._absent[-1])
+            cuts.settle(bucket)
 
     @property
     def shards_nbytes(self) -> int:

@@ -101,7 +101,7 @@ def lose_state(world: Communicator, folder: str) -> dict[str, Any]:
     store = ShardFile.store
 
     def forget(self: ShardFile, resting: Tensor, values: Tensor) -> Any:
-        return store(self, resting, torch.zeros_like(values) if self._offsets[resting.data_ptr()] == 0 else values)
+        return store(self, resting, torch.zeros_like(values) if self._offset(resting) == 0 else values)
 
     ShardFile.store = forget  # type: ignore[method-assign]
     try:
@@ -200,9 +200,11 @@ def keep(world: Communicator, layout: str, folder: str) -> tuple[dict[str, int],
 def test_what_lies_in_a_file_takes_no_memory_and_no_name(layout: str, in_file: float, tmp_path: Path) -> None:
     numel = BLOCKS * (WIDTH * WIDTH + WIDTH)
     padding = 4 * BLOCK_NBYTES * (BLOCKS + 1) * BLOCKS * 2  # ranges are whole blocks; those of stage 3 have lengths of their own
-    for found, names in run_ranks(2, keep, layout, str(tmp_path)):
+    results = run_ranks(2, keep, layout, str(tmp_path))
+    assert sum(found["files"] for found, _ in results) >= numel * 4 * in_file
+    for found, names in results:
         assert names == []
-        assert numel * 4 * in_file / 2 <= found["files"] <= numel * 4 * in_file / 2 + padding
+        assert found["files"] <= numel * 4 * in_file / 2 + padding
         assert found["optimizer state"] <= 4 * 4 * BLOCKS * 2  # a count of steps for each piece
         assert found["masters"] == 0
         assert found["parameters"] == (0 if "zero3" in layout else pytest.approx(numel * (2 if "bf16" in layout else 4), abs=padding))
