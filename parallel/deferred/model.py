@@ -49,6 +49,14 @@ class Deferred:
     def prepare(self) -> None:
         """Draw all random numbers once, and leave the generators where building would have left them."""
         alive = {index for sources in self._sources.values() for index in sources}
+        draws = [operation for operation in self._log.operations if operation.generator is not None]
+        views = [leaf for operation in draws for leaf in tree_leaves((operation.args, operation.kwargs)) if isinstance(leaf, View)]
+        # One memory for all: in what they leave free the states below would settle, and the next one would not fit there.
+        memory = torch.UntypedStorage(max((self._log.nbytes[view.storage] for view in views), default=0))
+
+        def scratch(value: Any) -> Any:
+            return _seen(memory, value) if isinstance(value, View) else value
+
         for index, operation in enumerate(self._log.operations):
             generator = operation.generator
             if generator is None:
@@ -57,7 +65,7 @@ class Deferred:
                 generator.set_state(operation.state_set)
             if index in alive:
                 operation.state = generator.get_state()
-            operation.call(*tree_map(_scratch, operation.args), **tree_map(_scratch, operation.kwargs))
+            operation.call(*tree_map(scratch, operation.args), **tree_map(scratch, operation.kwargs))
         for generator, state in self._states.items():
             generator.set_state(state)
 
@@ -73,7 +81,7 @@ class Deferred:
                 return value
             if value.storage not in storages:
                 storages[value.storage] = torch.UntypedStorage(self._log.nbytes[value.storage])
-            return torch.empty(0, dtype=value.dtype).set_(storages[value.storage], value.offset, value.size, value.stride)  # type: ignore[call-overload]
+            return _seen(storages[value.storage], value)
 
         with torch.no_grad():
             for index in self._sources[view.storage]:
@@ -210,5 +218,5 @@ def _drawing_from(generator: torch.Generator | None, state: Tensor | None) -> It
         generator.set_state(before)
 
 
-def _scratch(value: Any) -> Any:
-    return torch.empty_strided(value.size, value.stride, dtype=value.dtype) if isinstance(value, View) else value
+def _seen(storage: torch.UntypedStorage, view: View) -> Tensor:
+    return torch.empty(0, dtype=view.dtype).set_(storage, view.offset, view.size, view.stride)  # type: ignore[call-overload,no-any-return]

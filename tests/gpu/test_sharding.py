@@ -32,6 +32,7 @@ class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(17, WIDTH)
+        nn.init.normal_(self.embed.weight, std=0.1)  # else the first loss overflows in fp16, and that step is skipped
         self.blocks = nn.ModuleList(Block() for _ in range(3))
         self.head = nn.Linear(WIDTH, 17, bias=False)
         self.head.weight = self.embed.weight
