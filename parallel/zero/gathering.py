@@ -56,7 +56,7 @@ class GatheredParameters:
         self._unit_of: dict[nn.Module, Unit] = {}
         for name, named in reversed(parameters_by_block(module, found).items()):
             if named:
-                unit = Unit(name, named, group, buckets, cuts, dtype_of, rest, initial)
+                unit = Unit(name, named, group, buckets, dtype_of, rest, initial.device)
                 buckets += unit.buckets
                 self._units.append(unit)
                 self._unit_of[module if name == NO_BLOCK else found[name]] = unit
@@ -64,6 +64,10 @@ class GatheredParameters:
         largest = max((unit.nbytes for unit in self._units if unit is not self._common), default=0)
         count = min(SLOTS, sum(unit is not self._common for unit in self._units))
         self._device = initial.device
+        rest.reserve(group.whole, sum(bucket.nbytes // bucket.ranks for bucket in buckets), self._device)
+        with initial.using(max([largest, *(parameter.nbytes for parameter in module.parameters())])):  # the first slot gets this memory
+            for unit in self._units:
+                unit.fill(cuts, initial)
         self._free = [group.whole.empty(largest, dtype=torch.uint8, device=self._device) for _ in range(count)]
         self._common_memory = None if self._common is None else group.whole.empty(self._common.nbytes, dtype=torch.uint8, device=self._device)
         self._holder: dict[int, Unit] = {}  # by address of the memory

@@ -103,7 +103,7 @@ class ShardedGradients(GradientReducer[_Shard]):
         if fillings and not accumulates_locally:
             nbytes = max(bucket.numel * self.dtype_of(bucket).itemsize for bucket in cuts)
             device = next(iter(cuts)).device
-            self._free = [self._comm.empty(nbytes, dtype=torch.uint8, device=device).zero_() for _ in range(BUFFERS)]
+            self._free = list(self._comm.empty(BUFFERS * nbytes, dtype=torch.uint8, device=device).zero_().split(nbytes))
         self._mine = torch.zeros(max(1, marks), dtype=torch.int32, device="cpu")  # 1 where this rank has a gradient
         self._used = self._comm.empty(max(1, marks), dtype=torch.int32).zero_()  # 1 where any has
         self._ever_used = torch.zeros(max(1, marks), dtype=torch.bool, device="cpu")  # in any backward of the step, in exact mode

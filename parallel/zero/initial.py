@@ -6,6 +6,9 @@ a deferred module     rank 0 computes one parameter at a time and gives it to al
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from ringfold.collectives.communicator import Communicator
 from ringfold.parallel.deferred.model import Deferred
@@ -21,15 +24,26 @@ class Initial:
         self.device = device
         self._comm = comm
         self._deferred = deferred
+        self._memory: torch.Tensor | None = None
+
+    @contextmanager
+    def using(self, nbytes: int) -> Iterator[None]:
+        """Have so much registered memory for values inside; no parameter needs more."""
+        if self._deferred is not None:
+            self._memory = self._comm.empty(nbytes, dtype=torch.uint8, device=self.device)
+        try:
+            yield
+        finally:
+            self._memory = None
 
     def of(self, parameter: nn.Parameter) -> torch.Tensor:
-        """Return a parameter's values, contiguous, in the dtype it is trained in."""
+        """Return a parameter's values, contiguous, in the dtype it is trained in; they last until the next ones are asked for."""
         if self._deferred is None:
             return parameter.detach()
+        assert self._memory is not None, "inside using()"
+        values = self._memory[: parameter.nbytes].view(parameter.dtype).view(parameter.shape)
         if self._comm.rank == 0:
-            values = self._deferred.value_of(parameter).to(self.device, parameter.dtype).contiguous()
-        else:
-            values = torch.empty(parameter.shape, dtype=parameter.dtype, device=self.device)
+            values.copy_(self._deferred.value_of(parameter))
         if values.numel():
             self._comm.broadcast(values.view(-1).view(torch.uint8), 0)
         return values

@@ -25,13 +25,25 @@ class Rest:
     def __init__(self, offload: str | None, device: torch.device) -> None:
         self.file = ShardFile(offload.removeprefix("nvme=")) if offload is not None and offload != "cpu" else None
         self.needs_masters = offload is not None and device.type != "cpu"  # what the host steps on is not what the device computes with
+        self._reserved: torch.Tensor | None = None
         self.is_elsewhere = self.needs_masters or self.file is not None
         # So that pieces begin with a block in memory, and in the file, and are moved without a copy, whatever their dtype.
         self.alignment = ALIGNMENT if self.file is None else BLOCK_NBYTES // 2
 
+    def reserve(self, comm: Communicator, nbytes: int, device: torch.device) -> None:
+        """Take the registered memory for all that `new` will return at once: each allocation has to be rounded up to large pages."""
+        if not self.is_elsewhere:
+            self._reserved = comm.empty(nbytes, dtype=torch.uint8, device=device).zero_()
+
     def new(self, comm: Communicator, numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Return zeros for a rank's range of a bucket that other ranks gather."""
-        return self.new_master(numel, dtype, device) if self.is_elsewhere else comm.empty(numel, dtype=dtype, device=device).zero_()
+        if self.is_elsewhere:
+            return self.new_master(numel, dtype, device)
+        nbytes = numel * dtype.itemsize
+        if self._reserved is None or len(self._reserved) < nbytes:
+            return comm.empty(numel, dtype=dtype, device=device).zero_()
+        found, self._reserved = self._reserved[:nbytes].view(dtype), self._reserved[nbytes:]
+        return found
 
     def new_master(self, numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Return zeros that only this rank sees."""

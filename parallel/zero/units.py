@@ -30,11 +30,11 @@ Named = Sequence[tuple[str, nn.Parameter]]
 class Unit:
     """The parameters of `named`, in one bucket for each dtype, trained and frozen apart; none of the buckets is as long as one of `others`.
 
-    What this rank owns of them is added to `cuts`, and lies where `rest` says.
+    `fill` comes next: what this rank owns of them lies where `rest` says.
     """
 
     def __init__(
-        self, name: str, named: Named, group: ShardGroup, others: Sequence[Bucket], cuts: Cuts, dtype_of: DtypeOf, rest: Rest, initial: Initial
+        self, name: str, named: Named, group: ShardGroup, others: Sequence[Bucket], dtype_of: DtypeOf, rest: Rest, device: torch.device
     ) -> None:
         self.name = name
         self._group = group
@@ -44,7 +44,7 @@ class Unit:
             kinds.setdefault((dtype_of(*pair), pair[1].dtype, pair[1].requires_grad), []).append(pair)
         self.buckets: list[Bucket] = []
         for (dtype, _, _), members in kinds.items():
-            self.buckets.append(Bucket(members, group.size, [*others, *self.buckets], dtype, rest.alignment, initial.device))
+            self.buckets.append(Bucket(members, group.size, [*others, *self.buckets], dtype, rest.alignment, device))
         self.nbytes = sum(bucket.nbytes for bucket in self.buckets)
         self.memory: torch.Tensor | None = None  # bytes, in which this unit's parameters are, or are arriving
         self.is_shown = False
@@ -55,10 +55,13 @@ class Unit:
         self._transfers: list[Transfer] = []
         self._shards: list[torch.Tensor] = []
         self._absent: list[torch.Tensor] = []
+
+    def fill(self, cuts: Cuts, initial: Initial) -> None:
+        """Give the shards their first values, add them to `cuts`, and hide the parameters; collective."""
         for bucket in self.buckets:
-            shard = rest.new(group.whole, bucket.numel // group.size, bucket.dtype, bucket.device)
+            shard = self._rest.new(self._group.whole, bucket.numel // bucket.ranks, bucket.dtype, bucket.device)
             self._shards.append(shard)
-            cuts.add(bucket, group.rank, shard)
+            cuts.add(bucket, self._group.rank, shard)
             for slot in bucket.slots:
                 cuts.fill(bucket, slot, initial.of(slot.parameter))
                 self._absent.append(torch.full((), float("nan"), device=bucket.device).to(bucket.dtype).expand(slot.shape))
