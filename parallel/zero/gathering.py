@@ -45,6 +45,8 @@ class GatheredParameters:
         cuts: Cuts,
         rest: Rest,
         initial: Initial,
+        *,
+        limit_nbytes: int,
         blocks: Sequence[str] | None = None,
         dtype_of: DtypeOf = own_dtype,
     ) -> None:
@@ -56,7 +58,7 @@ class GatheredParameters:
         self._unit_of: dict[nn.Module, Unit] = {}
         for name, named in reversed(parameters_by_block(module, found).items()):
             if named:
-                unit = Unit(name, named, group, buckets, dtype_of, rest, initial.device)
+                unit = Unit(name, named, group, buckets, limit_nbytes, dtype_of, rest, initial.device)
                 buckets += unit.buckets
                 self._units.append(unit)
                 self._unit_of[module if name == NO_BLOCK else found[name]] = unit

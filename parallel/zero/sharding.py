@@ -83,14 +83,15 @@ class Sharding:
                 parameter.data = parameter.detach().to(dtype_of(name, parameter))
         self._group = ShardGroup(comm, group_size, exact)
         self.cuts = cuts = Cuts(self._rest)
+        limit = int(bucket_mb * 2**20)
+        self._parameters: FlatParameters | GatheredParameters
         if stage == 3:
             initial = Initial(comm, device, deferred)
-            self._parameters: FlatParameters | GatheredParameters = GatheredParameters(
-                module, self._group, cuts, self._rest, initial, blocks, dtype_of
+            self._parameters = GatheredParameters(
+                module, self._group, cuts, self._rest, initial, limit_nbytes=limit, blocks=blocks, dtype_of=dtype_of
             )
         else:
-            limit, first = int(bucket_mb * 2**20), int(FIRST_BUCKET_MB * 2**20)
-            align = self._rest.alignment
+            first, align = int(FIRST_BUCKET_MB * 2**20), self._rest.alignment
             buckets = partition(trained, limit, first_nbytes=first, ranks=self._group.size, dtype_of=dtype_of, alignment=align)
             self._parameters = FlatParameters(buckets, self._group, cuts)
         self.gradients = ShardedGradients(

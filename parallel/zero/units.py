@@ -10,6 +10,7 @@ No two buckets of a model have the same length, so a rank that gathers another u
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -28,13 +29,21 @@ Named = Sequence[tuple[str, nn.Parameter]]
 
 
 class Unit:
-    """The parameters of `named`, in one bucket for each dtype, trained and frozen apart; none of the buckets is as long as one of `others`.
+    """The parameters of `named`, in buckets of about `limit_nbytes` at most, trained and frozen apart; none is as long as one of `others`.
 
     `fill` comes next: what this rank owns of them lies where `rest` says.
     """
 
     def __init__(
-        self, name: str, named: Named, group: ShardGroup, others: Sequence[Bucket], dtype_of: DtypeOf, rest: Rest, device: torch.device
+        self,
+        name: str,
+        named: Named,
+        group: ShardGroup,
+        others: Sequence[Bucket],
+        limit_nbytes: int,
+        dtype_of: DtypeOf,
+        rest: Rest,
+        device: torch.device,
     ) -> None:
         self.name = name
         self._group = group
@@ -44,7 +53,8 @@ class Unit:
             kinds.setdefault((dtype_of(*pair), pair[1].dtype, pair[1].requires_grad), []).append(pair)
         self.buckets: list[Bucket] = []
         for (dtype, _, _), members in kinds.items():
-            self.buckets.append(Bucket(members, group.size, [*others, *self.buckets], dtype, rest.alignment, device))
+            for run in _equal_runs(members, dtype.itemsize, limit_nbytes):
+                self.buckets.append(Bucket(run, group.size, [*others, *self.buckets], dtype, rest.alignment, device))
         self.nbytes = sum(bucket.nbytes for bucket in self.buckets)
         self.memory: torch.Tensor | None = None  # bytes, in which this unit's parameters are, or are arriving
         self.is_shown = False
@@ -150,3 +160,16 @@ class Unit:
         for bucket in self.buckets:
             yield memory[begin : begin + bucket.nbytes].view(bucket.dtype)
             begin += bucket.nbytes
+
+
+def _equal_runs(members: Named, itemsize: int, limit_nbytes: int) -> list[Named]:
+    """Cut members into as few runs as the limit allows, of about one size: the largest sets how long the buffers of gradients are."""
+    total = sum(parameter.numel() for _, parameter in members)
+    count = max(1, math.ceil(total * itemsize / limit_nbytes))
+    runs: list[list[tuple[str, nn.Parameter]]] = [[] for _ in range(count)]
+    begin = 0
+    for name, parameter in members:
+        middle = begin + parameter.numel() / 2
+        runs[min(count - 1, int(middle * count / max(1, total)))].append((name, parameter))
+        begin += parameter.numel()
+    return [run for run in runs if run]
