@@ -24,7 +24,7 @@ from ringfold.parallel.zero.cuts import Cut
 from ringfold.parallel.zero.group import ShardGroup
 from torch import nn
 
-__all__ = ["ShardedGradients"]
+__all__ = ["BUFFERS", "ShardedGradients"]
 
 BUFFERS = 2  # one that is being filled, and one that is being reduced
 

@@ -27,7 +27,7 @@ from ringfold.parallel.zero import optimizer as zero_optimizer
 from ringfold.parallel.zero.bucketwise import BucketwiseStep
 from ringfold.parallel.zero.cuts import Cuts
 from ringfold.parallel.zero.gathering import GatheredParameters
-from ringfold.parallel.zero.gradients import ShardedGradients
+from ringfold.parallel.zero.gradients import BUFFERS, ShardedGradients
 from ringfold.parallel.zero.group import ShardGroup
 from ringfold.parallel.zero.initial import Initial
 from ringfold.parallel.zero.parameters import FlatParameters
@@ -88,7 +88,7 @@ class Sharding:
         if stage == 3:
             initial = Initial(comm, device, deferred)
             self._parameters = GatheredParameters(
-                module, self._group, cuts, self._rest, initial, limit_nbytes=limit, blocks=blocks, dtype_of=dtype_of
+                module, self._group, cuts, self._rest, initial, limit_nbytes=limit // BUFFERS, blocks=blocks, dtype_of=dtype_of
             )
         else:
             first, align = int(FIRST_BUCKET_MB * 2**20), self._rest.alignment
