@@ -1,9 +1,7 @@
 """Engine: one training step, the same call for every layout.
 
-    forward      each microbatch gives totals and counts (loss.py); the global count travels meanwhile (global_mean.py)
-    backward     of total / global count; buckets are summed over dp as soon as they are full, during the last microbatch
-    clip         by the norm of the whole gradient: every rank holds it after the sum, or (zero1, zero2) adds the squares of all pieces
-    update       the optimizer on the parameters, or on this rank's pieces, then the scheduler
+    passes     forward and backward of each microbatch, gradients summed over ranks (passes.py)
+    update     norm, clip and the optimizer's step, on the parameters or on this rank's pieces (update.py), then the scheduler
 
 So the gradient is that of the mean over the global batch, whatever the number of ranks and microbatches and however unevenly rows and valid
 targets fall on them. A rank without rows contributes zero and still takes part.
@@ -103,13 +101,10 @@ class Engine:
         self._comm = mesh["dp"]
         precision = Precision.named(mesh.layout.precision)
         self._cast = precision.cast
-        self._scaler = LossScaler() if precision.scales_loss else None
         self._exact = mesh.layout.exact
         self._micro = mesh.layout.micro if self._exact is None else self._exact // self._comm.size
         self._rule = loss_rule(loss)
         self._metrics = dict(metrics or {})
-        self._mean = GlobalMean(self._rule, self._comm, exact=self._exact is not None)
-        self._clip_norm = clip_norm
         built = construct(model, self._comm, mesh.device, precision, in_shards=mesh.layout.zero == 3)
         self.module = built.module
         if self._exact is not None:
@@ -123,7 +118,6 @@ class Engine:
         self._random = ShardRandom(self._comm.broadcast_object(torch.initial_seed()), mesh.device) if self._exact is not None else None
         offload = HostOffload.of_gpu(mesh.device) if offload_activations else None
         self.recomputation = Recomputation(self.module, mesh.layout, self._comm, blocks=blocks, offload=offload)
-        self._parameters = list(self.module.parameters())
         self._sharding: Sharding | None = None
         self._reducer: GradientReducer[Any]
         if mesh.layout.zero or self._exact is not None or self._casting is not None:
@@ -155,11 +149,22 @@ class Engine:
         self.optimizer = make_optimizer(optimizer, self.module)
         if self._sharding is not None:
             self._sharding.cut(self.optimizer)
+        scaler = LossScaler() if precision.scales_loss else None
+        is_exact = self._exact is not None
+        self._update = Update(self.module, self._comm, self.optimizer, self._sharding, clip_norm=clip_norm, scaler=scaler, is_exact=is_exact)
         self.scheduler = None if scheduler is None else make_scheduler(scheduler, self.optimizer)
         # Synchronised statistics, and the gathering of blocks, are collectives inside the model: a rank without rows then has to call it too.
         synchronises = any(getattr(part, "communicator", None) is not None for part in self.module.modules())
-        self._always_calls = synchronises or mesh.layout.zero == 3
-        self._grad_norm: float | None = None
+        self._passes = Passes(
+            self.module,
+            self._comm,
+            self._rule,
+            self._reducer,
+            micro=self._micro,
+            always_calls=synchronises or mesh.layout.zero == 3,
+            random=self._random,
+            widens=self._casting is not None,
+        )
         self._shards: list[ShardedData] = []
         self._positions: list[dict[str, int]] = []
         self.step = 0
@@ -169,7 +174,7 @@ class Engine:
     @property
     def count(self) -> float:
         """The last step's global count of the loss: valid tokens, rows, or whatever it counts."""
-        return self._mean.count
+        return self._passes.mean.count
 
     def train_step(self, batch: Any) -> float:
         """Train on this rank's rows of a global batch and return the global mean loss, the same on every rank.
@@ -190,16 +195,12 @@ class Engine:
         return loss
 
     def _train_step(self, batch: Any) -> float:
-        parts = self._microbatches(batch)
+        parts = self._passes.microbatches(self._placed(batch))
         if not self.module.training:
             self.module.train()
-        for parameter in self._parameters:
-            parameter.grad = None
-        if self._sharding is not None:
-            self._sharding.gradients.drop()
-        self._grad_norm = None
-        loss, factor = self._forward_backward(parts)
-        if self._step(factor) and self.scheduler is not None:
+        self._update.forget()
+        loss, factor = self._passes.run(self.step, parts, self.loss_scale)
+        if self._update.step(factor) and self.scheduler is not None:
             self.scheduler.step()
         self.recomputation.finish_step()
         if self._linears is not None:
@@ -214,8 +215,8 @@ class Engine:
 
     def evaluate(self, batches: Iterable[Any]) -> dict[str, float]:
         """Return the global means of the loss and of every metric over all rows of several global batches, in evaluation mode."""
-        prepared = (Batch.of(batch).to(self.mesh.device, self._cast) for batch in batches)
-        return evaluate(self._output, self.module, prepared, self._rule, self._metrics, self._comm, always_calls=self._state.shards_parameters)
+        prepared = (self._placed(batch) for batch in batches)
+        return evaluate(self._passes.output, self.module, prepared, self._rule, self._metrics, self._comm, always_calls=self._state.shards_parameters)
 
     def gather_metric(self, rows: Tensor) -> Tensor:
         """Return the rows of all ranks in rank order, which is the order of the global batch; a 0-dim tensor is one row.
@@ -227,9 +228,7 @@ class Engine:
     @property
     def grad_norm(self) -> float:
         """The norm of the last step's gradient before clipping; not collective."""
-        if self._grad_norm is None:
-            self._grad_norm = math.sqrt(gradients.squared_norm(gradients.values(self._parameters)))
-        return self._grad_norm
+        return self._update.norm
 
     def grad(self, name: str) -> Tensor | None:
         """Return a copy of the last step's gradient of a parameter, as the optimizer saw it; None if no rank used the parameter.
@@ -267,15 +266,15 @@ class Engine:
         """
         found = memory.account(self.module, self._sharding, self._reducer, self.optimizer)
         if batch is not None:
-            part = (self._microbatches(batch) or [Batch.of(batch).to(self.mesh.device, self._cast)])[0]
+            placed = self._placed(batch)
+            part = (self._passes.microbatches(placed) or [placed])[0]
             self.module.train()
             with contextlib.nullcontext() if self._linears is None else self._linears.scales.aside():
-                found["activations"] = activations_nbytes(self.module, lambda: self._measured(part))
+                found["activations"] = activations_nbytes(self.module, lambda: self._passes.loss(part))
         return found
 
-    def _measured(self, part: Batch) -> Any:
-        output = self._output(part)
-        return self._rule(output, part.target, part.rows) if part.rows else output
+    def _placed(self, batch: Any) -> Batch:
+        return Batch.of(batch).to(self.mesh.device, self._cast)
 
     def explain(self, batch: Any = None) -> Explanation:
         """Return what the layout makes of the model: dtypes of every parameter, what a step sends, bytes of this rank; print it.
@@ -314,7 +313,7 @@ class Engine:
         extra = {
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "data": [data.state_dict() for data in self._shards],
-            "loss_scale": None if self._scaler is None else self._scaler.state_dict(),
+            "loss_scale": None if self._update.scaler is None else self._update.scaler.state_dict(),
             "fp8": None if self._linears is None else self._linears.state_dict(),
             "shard_seed": None if self._random is None else self._random.seed,
             "random": self.mesh.world.all_gather_object(checkpoint.random_state()),
@@ -347,8 +346,8 @@ class Engine:
         self._positions = list(extra["data"])
         for data in self._shards[: len(self._positions)]:
             data.load_state_dict(self._positions.pop(0))
-        if self._scaler is not None and extra.get("loss_scale") is not None:
-            self._scaler.load_state_dict(extra["loss_scale"])
+        if self._update.scaler is not None and extra.get("loss_scale") is not None:
+            self._update.scaler.load_state_dict(extra["loss_scale"])
         if self._linears is not None and extra.get("fp8") is not None:
             self._linears.load_state_dict(extra["fp8"])
         if self._random is not None and extra.get("shard_seed") is not None:
@@ -374,130 +373,11 @@ class Engine:
         if "_saver" in vars(self):
             self._saver.close()
 
-    def _microbatches(self, batch: Any) -> list[Batch]:
-        parts = Batch.of(batch).to(self.mesh.device, self._cast).microbatches(self._micro)
-        return parts if self._always_calls or self._exact is not None else [part for part in parts if part.rows]
-
-    def _forward_backward(self, parts: list[Batch]) -> tuple[float, float]:
-        """Run every microbatch and reduce; return the loss and the factor that the gradients still lack."""
-        mean = self._mean
-        mean.begin(self.step + 1, [self._rule.count_ahead(part.target, part.rows) for part in parts], single=self._micro == 1)
-        every = self._reducer.reduces_every_backward
-        if isinstance(self._reducer, ShardedGradients) and self._exact is not None:
-            self._reducer.begin_step()
-        elif not every:
-            self._reducer.begin()
-        waiting: list[tuple[Term, ...]] = []
-        for i, part in enumerate(parts):
-            terms = self._terms(i, part)
-            is_last = i == len(parts) - 1
-            if is_last:
-                mean.reduce()
-            if mean.policy is Policy.BETWEEN:
-                waiting.append(terms)
-                continue
-            with self._one_backward(is_last):
-                self._backward(terms, mean.weights())
-        if not parts:
-            if not mean.agreed:
-                mean.agree(None)
-            mean.reduce()
-        if waiting or not parts:
-            weights = mean.weights()
-        for i, terms in enumerate(waiting):
-            with self._one_backward(i == len(waiting) - 1):
-                self._backward(terms, weights)
-        if every:
-            for _ in range(self._micro - len(parts)):
-                with self._reducer.no_sync():  # the others' backwards
-                    pass
-            if isinstance(self._reducer, ShardedGradients) and self._exact is not None:
-                self._reducer.combine()
-        else:
-            self._reducer.finish()
-        return mean.finish()
-
-    def _one_backward(self, is_last: bool) -> contextlib.AbstractContextManager[None]:
-        every = self._reducer.reduces_every_backward
-        return self._reducer.no_sync() if every or not is_last else contextlib.nullcontext()
-
-    def _terms(self, index: int, part: Batch) -> tuple[Term, ...]:
-        """Call model and loss; without rows the loss is not called, and the output only reaches backward as zero."""
-        if self._random is None:
-            return self._called(part)
-        with self._random.stream(self.step, index * self._comm.size + self._comm.rank):
-            return self._called(part)
-
-    def _called(self, part: Batch) -> tuple[Term, ...]:
-        if not part.rows and not self._always_calls:
-            if not self._mean.agreed:
-                self._mean.agree(None)
-            return ()
-        output = self._output(part)
-        terms = self._rule(output, part.target, part.rows) if part.rows else None
-        if not self._mean.agreed:
-            self._mean.agree(terms)
-        if terms is None:
-            return (Term(torch.stack([t.sum() for t in tensors_in(output) if t.requires_grad]).sum() * 0.0),)
-        self._mean.add(terms)
-        return tuple(terms.values())
-
-    def _output(self, part: Batch) -> Any:
-        """Call the model; what it computed in 16 bits goes to the loss in 32."""
-        output = part.call(self.module)
-        return output if self._casting is None else to_dtype(output, torch.float32)
-
-    def _backward(self, terms: tuple[Term, ...], weights: list[float]) -> None:
-        roots = [(term.total, weight) for term, weight in zip(terms, weights, strict=False) if term.total.requires_grad and weight]
-        if terms and not any(term.total.requires_grad for term in terms):
-            raise ConfigError(f"train step {self.step + 1}: the loss does not depend on any trainable parameter. Is it detached, or all frozen?")
-        scale = 1.0 if self._scaler is None else self._scaler.scale
-        if roots:
-            torch.autograd.backward([total for total, _ in roots], [total.new_tensor(weight * scale) for total, weight in roots])
-
-    def _step(self, factor: float) -> bool:
-        """Clip as torch.nn.utils.clip_grad_norm_ does, and step; at most one pass writes the gradients, and none where there is nothing to change.
-
-        Return whether the step was taken: with a scaled loss, if the gradient is finite.
-        """
-        if self._scaler is not None:
-            factor /= self._scaler.scale
-        if self._sharding is not None and self._exact is not None:
-            count = sum(parameter.numel() for parameter in self._parameters)
-            self._grad_norm = math.sqrt(exact.squared_norm(self._sharding.gradient_tensors(), count, self._sharding.all_reduce)) * factor
-        elif self._sharding is not None:
-            self._grad_norm = math.sqrt(self._sharding.sum_over_shards(gradients.squared_norm(self._sharding.gradient_tensors()))) * factor
-        elif self._clip_norm is not None:
-            self._grad_norm = math.sqrt(gradients.squared_norm(gradients.values(self._parameters))) * factor
-        if self._scaler is not None and self._grad_norm is not None:  # the same on all ranks, and so is what follows
-            self._scaler.update(not math.isfinite(self._grad_norm), self._not_finite)
-            if not math.isfinite(self._grad_norm):
-                return False
-        if self._clip_norm is not None and self._grad_norm is not None:
-            clip = self._clip_norm / (self._grad_norm + 1e-6)
-            if not clip >= 1.0:
-                factor *= clip
-        if self._sharding is not None:
-            self._sharding.step(self.optimizer, factor)
-            return True
-        if factor != 1.0:
-            gradients.scale(self._parameters, factor)
-        self.optimizer.step()
-        return True
-
-    def _not_finite(self) -> str:
-        """Return the name of the first parameter whose gradient is not finite; collective."""
-        assert self._sharding is not None  # narrows the type: where the loss is scaled, masters are
-        of = self._sharding.gradients.of
-        mine = {name for name, piece, _, _ in self._sharding.named_pieces() if (grad := of(piece)) is not None and not grad.isfinite().all()}
-        found = set().union(*self._comm.all_gather_object(sorted(mine)))
-        return next((name for name, _ in self.module.named_parameters() if name in found), "no parameter")
-
     @property
     def loss_scale(self) -> float:
         """What the next step's loss is multiplied by, 1 but in fp16; `skipped_steps` counts those whose gradients were not finite."""
-        return 1.0 if self._scaler is None else self._scaler.scale
+        return 1.0 if self._update.scaler is None else self._update.scaler.scale
 
     @property
     def skipped_steps(self) -> int:
-        return 0 if self._scaler is None else self._scaler.skipped
+        return 0 if self._update.scaler is None else self._update.scaler.skipped

@@ -131,7 +131,7 @@ def test_a_name_that_fits_nothing_is_refused() -> None:
 def overflow(world: Communicator, layout: str, at: int) -> tuple[list[float], list[bool], bool]:
     """Spoil the gradient of one parameter on the last rank in one step; return scales, which steps changed the weights, and whether all is finite."""
     engine = engine_of(world, layout)
-    engine._scaler = LossScaler(initial=2.0**8)
+    engine._update.scaler = LossScaler(initial=2.0**8)
     step = 0
     if world.rank == world.size - 1:
         engine.module.router.weight.register_hook(lambda grad: grad * float("inf") if step == at else grad)
@@ -172,7 +172,7 @@ def test_a_loss_that_counts_itself_overflows_no_more_on_two_ranks_than_on_one() 
 
 def hopeless(world: Communicator) -> str:
     engine = engine_of(world, "fp16 zero2")
-    engine._scaler = LossScaler(patience=3)
+    engine._update.scaler = LossScaler(patience=3)
     if world.rank == 1:
         engine.module.blocks[1].up.weight.register_hook(lambda grad: grad * float("nan"))
     data = iter(engine.shard(batches(5)))
@@ -192,7 +192,7 @@ def test_a_run_that_only_skips_ends_with_the_name_of_the_parameter_on_every_rank
 def trace(world: Communicator, layout: str) -> tuple[list[float], list[str]]:
     """Train with a scale that is too large at first, so that steps are skipped by themselves."""
     engine = engine_of(world, f"exact8 {layout}")
-    engine._scaler = LossScaler(initial=2.0**24, growth_interval=6)
+    engine._update.scaler = LossScaler(initial=2.0**24, growth_interval=6)
     scales, numbers = [], []
     for batch in engine.shard(batches(30)):
         numbers.append(engine.train_step(batch).hex())
