@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -21,7 +20,7 @@ from typing import Any
 
 import torch
 from ringfold.collectives.errors import ConfigError
-from ringfold.mixed_precision.casting import Casting, to_dtype
+from ringfold.mixed_precision.casting import Casting
 from ringfold.mixed_precision.fp8 import Fp8
 from ringfold.mixed_precision.linears import QuantisedLinears
 from ringfold.mixed_precision.loss_scaler import LossScaler
@@ -36,20 +35,20 @@ from ringfold.parallel.recompute.recomputation import Recomputation
 from ringfold.parallel.reducer import GradientReducer
 from ringfold.parallel.sparse import sparse_parameter_names
 from ringfold.parallel.traffic import Traffic
-from ringfold.parallel.zero.gradients import ShardedGradients
 from ringfold.parallel.zero.sharding import Sharding
-from ringfold.runtime import checkpoint, exact, gradients, memory
+from ringfold.runtime import checkpoint, memory
 from ringfold.runtime.activations import activations_nbytes
-from ringfold.runtime.batch import Batch, tensors_in
+from ringfold.runtime.batch import Batch
 from ringfold.runtime.construction import construct
 from ringfold.runtime.data import ShardedData, shard
 from ringfold.runtime.evaluation import Metric, evaluate, gather_rows
 from ringfold.runtime.exact import ShardRandom, require_no_batch_norm
 from ringfold.runtime.explanation import Explanation, ParameterUse, uses_of_parameters
-from ringfold.runtime.global_mean import GlobalMean, Policy
-from ringfold.runtime.loss import Term, loss_rule
+from ringfold.runtime.loss import loss_rule
 from ringfold.runtime.model_state import ModelState
 from ringfold.runtime.optimizer import make_optimizer, make_scheduler
+from ringfold.runtime.passes import Passes
+from ringfold.runtime.update import Update
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler

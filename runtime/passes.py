@@ -1,8 +1,8 @@
 """Passes: forward and backward of the microbatches of a train step, and the sum of their gradients over ranks.
 
-    forward      each microbatch gives totals and counts (loss.py); the global count travels meanwhile (global_mean.py)
-    backward     of total / global count; buckets are summed over dp as soon as they are full: during the last microbatch, or in each
-                 where there is no room in which whole gradients could accumulate
+forward      each microbatch gives totals and counts (loss.py); the global count travels meanwhile (global_mean.py)
+backward     of total / global count; buckets are summed over dp as soon as they are full: during the last microbatch, or in each
+             where there is no room in which whole gradients could accumulate
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Update: what a train step makes of its gradients.
 
-    norm      every rank holds the whole gradient after the sum, or adds the squares of all pieces
-    skip      with a scaled loss, where the gradient is not finite: on all ranks alike
-    clip      by the norm, as torch.nn.utils.clip_grad_norm_
-    step      of the optimizer, on the parameters or on this rank's pieces
+norm      every rank holds the whole gradient after the sum, or adds the squares of all pieces
+skip      with a scaled loss, where the gradient is not finite: on all ranks alike
+clip      by the norm, as torch.nn.utils.clip_grad_norm_
+step      of the optimizer, on the parameters or on this rank's pieces
 """
 
 from __future__ import annotations
