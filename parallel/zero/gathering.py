@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from ringfold.collectives.errors import ConfigError
 from ringfold.parallel.blocks import NO_BLOCK, find_blocks, parameters_by_block
-from ringfold.parallel.bucket import Bucket, DtypeOf, own_dtype
+from ringfold.parallel.bucket import DtypeOf, own_dtype
 from ringfold.parallel.traffic import Traffic
 from ringfold.parallel.zero.cuts import Cuts
 from ringfold.parallel.zero.group import ShardGroup
@@ -53,20 +53,19 @@ class GatheredParameters:
         self._module = module
         self._group = group
         found = find_blocks(module, blocks)
-        buckets: list[Bucket] = []
         self._units: list[Unit] = []
         self._unit_of: dict[nn.Module, Unit] = {}
         for name, named in reversed(parameters_by_block(module, found).items()):
             if named:
-                unit = Unit(name, named, group, buckets, limit_nbytes, dtype_of, rest, initial.device)
-                buckets += unit.buckets
+                firsts = [unit.buckets[0] for unit in self._units]
+                unit = Unit(name, named, group, firsts, limit_nbytes, dtype_of, rest, initial.device)
                 self._units.append(unit)
                 self._unit_of[module if name == NO_BLOCK else found[name]] = unit
         self._common = self._unit_of.get(module)
         largest = max((unit.nbytes for unit in self._units if unit is not self._common), default=0)
         count = min(SLOTS, sum(unit is not self._common for unit in self._units))
         self._device = initial.device
-        rest.reserve(group.whole, sum(bucket.nbytes // bucket.ranks for bucket in buckets), self._device)
+        rest.reserve(group.whole, sum(unit.nbytes for unit in self._units) // group.size, self._device)
         with initial.using(max([largest, *(parameter.nbytes for parameter in module.parameters())])):  # the first slot gets this memory
             for unit in self._units:
                 unit.fill(cuts, initial)

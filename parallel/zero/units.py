@@ -4,7 +4,7 @@
     memory   | bucket | bucket |                                lent: whole parameters, while they are needed
 
 Without memory a parameter is one NaN, expanded to its shape: whoever reads it gets NaN and not a stale value, and writing to it raises.
-No two buckets of a model have the same length, so a rank that gathers another unit than its peers is told so by the collective itself
+No two units begin with buckets of the same length, so a rank that gathers another unit than its peers is told so by the collective itself
 (CollectiveMismatch), instead of training with another block's weights.
 """
 
@@ -29,7 +29,7 @@ Named = Sequence[tuple[str, nn.Parameter]]
 
 
 class Unit:
-    """The parameters of `named`, in buckets of about `limit_nbytes` at most, trained and frozen apart; none is as long as one of `others`.
+    """The parameters of `named`, in buckets of about `limit_nbytes` at most, trained and frozen apart; the first is as long as none of `others`.
 
     `fill` comes next: what this rank owns of them lies where `rest` says.
     """
@@ -54,7 +54,7 @@ class Unit:
         self.buckets: list[Bucket] = []
         for (dtype, _, _), members in kinds.items():
             for run in _equal_runs(members, dtype.itemsize, limit_nbytes):
-                self.buckets.append(Bucket(run, group.size, [*others, *self.buckets], dtype, rest.alignment, device))
+                self.buckets.append(Bucket(run, group.size, () if self.buckets else others, dtype, rest.alignment, device))
         self.nbytes = sum(bucket.nbytes for bucket in self.buckets)
         self.memory: torch.Tensor | None = None  # bytes, in which this unit's parameters are, or are arriving
         self.is_shown = False

@@ -215,6 +215,8 @@ def refused(world: Communicator, folder: str) -> None:
     for place, message in ((f"{folder}/absent", "No such file or directory"), (f"{folder}/file", "Not a directory")):
         with pytest.raises(ConfigError, match=f"no file can be made in .*{place}.*{message}"):
             make_engine(world, f"zero3:nvme={place}", Deep, loss=F.mse_loss)
+    spare = world.empty(8 << 20, dtype=torch.uint8)  # registered memory is a file, too: leave enough of it
+    del spare
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100 * BLOCK_NBYTES, limit[1]))
     try:

@@ -279,12 +279,10 @@ def test_current_scales_have_the_same_bits_at_every_width_too_without_a_history(
         assert found[0] == expected[0]
 
 
-def test_without_the_reduction_ranks_have_other_scales_and_the_bits_depart() -> None:
-    """The mutation: each rank goes by its own amaxes."""
-    (expected,) = run_ranks(1, train, "exact8 fp8", 8)
+def test_without_the_reduction_ranks_have_other_scales() -> None:
+    """The mutation: each rank goes by its own amaxes. Scales are powers of two, so whether a loss of the first steps departs depends on the CPU."""
     found = run_ranks(4, train, "exact8 fp8", 8, None, True)
     assert not all(torch.equal(one[2], found[0][2]) for one in found)
-    assert found[0][0] != expected[0]
 
 
 def test_the_amax_of_a_step_is_that_of_all_its_microbatches() -> None:
