@@ -10,7 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["GaveUp", "Log", "Operation", "View"]
+__all__ = ["START", "GaveUp", "Log", "Operation", "Origin", "View"]
+
+# Where a generator's state comes from: None, from its last draw; the index of an operation, from that one's draw; a state that the function set.
+Origin = Tensor | int | None
+START = -1  # the state in which recording found torch's own generator
 
 
 class GaveUp(Exception):
@@ -37,7 +41,7 @@ class Operation:
     reads: set[int]  # storages
     overwrites: set[int]
     generator: torch.Generator | None = None  # that it draws from
-    state_set: Tensor | None = None  # that the function gave the generator just before
+    origin: Origin = None  # of the generator's state
     state: Tensor | None = None  # of the generator when it draws, once prepared
 
 

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from ringfold.parallel.deferred.log import GaveUp, Log, View
+from ringfold.parallel.deferred.log import START, GaveUp, Log, Origin, View
 from ringfold.parallel.deferred.recorder import Recorder, adapted_torch, swap
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -37,13 +37,13 @@ class Deferred:
     """A module whose parameters are on the meta device, and how they are computed; made by `record`."""
 
     def __init__(
-        self, module: nn.Module, log: Log, targets: dict[int, View], states: dict[torch.Generator, Tensor], restore_random: Callable[[], None]
+        self, module: nn.Module, log: Log, targets: dict[int, View], ends: dict[torch.Generator, Origin], restore_random: Callable[[], None]
     ) -> None:
         self.module = module
         self.abandon = restore_random  # puts random states back as they were before, so that the function may be called as usual
         self._log = log
         self._targets = targets  # by id of the tensor
-        self._states = states  # that the function gave generators after its last draw
+        self._ends = ends  # of the generators, when the function had ended
         self._sources = {view.storage: log.sources(view.storage) for view in targets.values()}
 
     def prepare(self) -> None:
@@ -57,17 +57,25 @@ class Deferred:
         def scratch(value: Any) -> Any:
             return _seen(memory, value) if isinstance(value, View) else value
 
+        returned_to = {origin for origin in (*(operation.origin for operation in draws), *self._ends.values()) if isinstance(origin, int)}
+        after = {START: torch.default_generator.get_state()}
+
+        def enter(generator: torch.Generator, origin: Origin) -> None:
+            if origin is not None:
+                generator.set_state(after[origin] if isinstance(origin, int) else origin)
+
         for index, operation in enumerate(self._log.operations):
             generator = operation.generator
             if generator is None:
                 continue
-            if operation.state_set is not None:
-                generator.set_state(operation.state_set)
+            enter(generator, operation.origin)
             if index in alive:
                 operation.state = generator.get_state()
             operation.call(*tree_map(scratch, operation.args), **tree_map(scratch, operation.kwargs))
-        for generator, state in self._states.items():
-            generator.set_state(state)
+            if index in returned_to:
+                after[index] = generator.get_state()
+        for generator, origin in self._ends.items():
+            enter(generator, origin)
 
     def value_of(self, tensor: Tensor) -> Tensor:
         """Return a parameter's or buffer's first values in new memory, with its strides; `prepare` comes first."""
@@ -130,10 +138,15 @@ class Deferred:
 
 def record(function: Callable[[], Any]) -> Deferred | str:
     """Build a model on the meta device; return the reason if that cannot be done, with random states as they were before."""
-    restore_random = _random_states()
+    restore_others = _random_states()
     torch_state = torch.default_generator.get_state()
     recorder = Recorder()
-    recorder.state_set(torch.default_generator)
+
+    def restore_random() -> None:
+        for generator, state in recorder.first.items():
+            generator.set_state(state)
+        restore_others()
+
     try:
         # Fake tensors say that they are on the CPU, where torch.nn.init and others skip what is on the meta device.
         with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True), recorder, adapted_torch(recorder):
@@ -167,7 +180,7 @@ def _deferred(module: Any, recorder: Recorder, restore_random: Callable[[], None
         raise GaveUp(f"{type(module).__name__} is no module")
     if any(constant._version != version for constant, version in recorder.constants):
         raise GaveUp("a tensor of given numbers was changed after it was used")
-    states = {generator: state for generator in list(recorder.states) if (state := recorder.state_set(generator)) is not None}
+    ends = {generator: recorder.origin_of(generator) for generator in list(recorder.first)}
     tensors = {id(tensor): tensor for tensor in _tensors_of(module) if isinstance(tensor, FakeTensor)}
     targets = {key: recorder.view_of(tensor) for key, tensor in tensors.items()}
     if len({view.storage for view in targets.values()}) < len(targets):
@@ -181,7 +194,7 @@ def _deferred(module: Any, recorder: Recorder, restore_random: Callable[[], None
             raise GaveUp("something other than a module holds a tensor, or a view of one")
     for tensor in tensors.values():
         _become(tensor, torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta"))
-    return Deferred(module, recorder.log, targets, states, restore_random)
+    return Deferred(module, recorder.log, targets, ends, restore_random)
 
 
 def _tensors_of(module: nn.Module) -> Iterator[Tensor]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from ringfold.parallel.deferred.log import GaveUp, Log, Operation, View
+from ringfold.parallel.deferred.log import START, GaveUp, Log, Operation, Origin, View
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,6 +27,8 @@ OVERWRITE = {"normal_", "uniform_", "random_", "exponential_", "log_normal_", "g
 VALUES_UNREAD = {"zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like", "new_zeros", "new_ones", "new_full"}
 VALUES_UNREAD |= UNINITIALISED
 
+MARK = 0x5EED << 40  # seeds of states that stand for others
+
 
 class Recorder(TorchDispatchMode):
     def __init__(self) -> None:
@@ -33,7 +36,11 @@ class Recorder(TorchDispatchMode):
         self.log = Log()
         self.constants: list[tuple[Tensor, int]] = []
         self.storages: dict[int, tuple[int, torch.UntypedStorage]] = {}  # with the storage itself, so that its address is not used again
-        self.states: dict[torch.Generator, Tensor] = {}  # seen last
+        self.first: dict[torch.Generator, Tensor] = {}  # the states in which generators were found
+        self._last: dict[torch.Generator, bytes] = {}  # those seen last
+        self._marks: dict[bytes, int] = {}  # states that stand for those after a draw, by its index
+        self.origin_of(torch.default_generator)
+        self._marks[self._last[torch.default_generator]] = START
 
     def view_of(self, tensor: Tensor) -> View:
         storage = tensor.untyped_storage()
@@ -42,13 +49,20 @@ class Recorder(TorchDispatchMode):
         number = self.storages[storage._cdata][0]
         return View(number, tensor.dtype, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
 
-    def state_set(self, generator: torch.Generator) -> Tensor | None:
-        """Return a generator's state if the function has changed it since it was seen last."""
+    def origin_of(self, generator: torch.Generator) -> Origin:
+        """Return where a generator's state comes from."""
         with unset_fake_temporarily():
-            now = generator.get_state()
-            before = self.states.get(generator)
-            self.states[generator] = now
-            return None if before is not None and torch.equal(now, before) else now
+            state = generator.get_state()
+        key = ctypes.string_at(state.data_ptr(), state.nbytes)
+        self.first.setdefault(generator, state)
+        before, self._last[generator] = self._last.get(generator), key
+        return None if key == before else self._marks.get(key, state)
+
+    def _mark(self, generator: torch.Generator, index: int) -> None:
+        """Give a generator a state that stands for the one after this draw: nothing is drawn now, yet functions read states and set them again."""
+        generator.manual_seed(MARK + index)
+        self.origin_of(generator)
+        self._marks[self._last[generator]] = index
 
     def __torch_dispatch__(self, call: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
@@ -69,6 +83,8 @@ class Recorder(TorchDispatchMode):
         if name in ("set_", "resize_", "set_data"):
             raise GaveUp(f"{name} changes what storage a tensor has")
         result = call(*args, **kwargs)
+        if not tensors and any(argument.name == "dtype" for argument in call._schema.arguments):
+            kwargs = {**kwargs, "dtype": result.dtype}  # the default may be another one later
         self._write_down(call, name, args, kwargs, result, draws)
         return result
 
@@ -109,7 +125,8 @@ class Recorder(TorchDispatchMode):
     def _append(self, operation: Operation, changed: set[int], draws: bool) -> None:
         if draws:
             operation.generator = operation.kwargs.get("generator") or torch.default_generator
-            operation.state_set = self.state_set(operation.generator)
+            operation.origin = self.origin_of(operation.generator)
+            self._mark(operation.generator, len(self.log.operations))
         for number in changed:
             self.log.writers[number].append(len(self.log.operations))
         self.log.operations.append(operation)

@@ -83,6 +83,69 @@ def loaded() -> nn.Module:
     return layer
 
 
+def seeded_twice_alike() -> nn.Module:
+    layers = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        layers.append(nn.Linear(3, 3))
+    return nn.Sequential(*layers, nn.Linear(3, 3))
+
+
+def back_to_a_state() -> nn.Module:
+    layers = [nn.Linear(3, 3)]
+    state = torch.get_rng_state()
+    layers.append(nn.Linear(3, 5))
+    with torch.random.fork_rng():
+        layers.append(nn.Linear(5, 5))
+        torch.manual_seed(11)
+        layers.append(nn.Linear(5, 5))
+    layers.append(nn.Linear(5, 3))
+    torch.set_rng_state(state)
+    return nn.Sequential(*layers, nn.Linear(3, 5))
+
+
+def copied_generator() -> nn.Module:
+    generator = torch.Generator().manual_seed(3)
+    first = nn.Parameter(torch.randn(4, 5, generator=generator))
+    other = torch.Generator()
+    other.set_state(generator.get_state())
+    return nn.ParameterList([first, torch.rand(5, generator=other), torch.randn(3), torch.rand(2, generator=generator)])
+
+
+def another_default_dtype() -> nn.Module:
+    torch.set_default_dtype(torch.float64)
+    try:
+        return nn.ParameterList([torch.randn(3), torch.arange(3) / 7, torch.full((2,), 0.5)])
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def in_parts() -> nn.Module:
+    rows, columns = torch.empty(6, 4), torch.empty(4, 6)
+    for part in rows.chunk(3):
+        nn.init.xavier_uniform_(part)
+    columns[:, ::2].zero_()
+    columns[:, 1::2].normal_()
+    return nn.ParameterList([rows, columns])
+
+
+def by_linear_algebra() -> nn.Module:
+    square = torch.randn(5, 5)
+    square[torch.eye(5, dtype=torch.bool)] = 0
+    square[square > 1] = 1.0
+    q, r = torch.linalg.qr(square)
+    return nn.ParameterList([square, q @ r, torch.randn(9).sort()[0].cumsum(0), torch.randn(3, 4).t_().mul_(2)])
+
+
+def after_a_step() -> nn.Module:
+    layer = nn.Linear(3, 3)
+    optimizer = torch.optim.SGD(layer.parameters(), 0.1)
+    layer(torch.randn(2, 3)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return layer
+
+
 BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: nn.Linear(300, 200),
     "gpt": lambda: GPT(SIZES["tiny"], 16),
@@ -97,7 +160,19 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "kaiming": lambda: initialised(lambda weight: nn.init.kaiming_normal_(weight, nonlinearity="relu")),
     "seeded inside": seeded_inside,
     "seeded at the end": seeded_at_the_end,
+    "seeded twice alike": seeded_twice_alike,
+    "back to a state": back_to_a_state,
     "own generator": own_generator,
+    "copied generator": copied_generator,
+    "another default dtype": another_default_dtype,
+    "in parts": in_parts,
+    "by linear algebra": by_linear_algebra,
+    "after a step": after_a_step,
+    "not contiguous": lambda: nn.ParameterList([torch.randn(4, 5).t(), torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)]),
+    "old constructors": lambda: nn.ParameterList([torch.Tensor(4, 5).uniform_(-1, 1), torch.FloatTensor(3).normal_()]),
+    "complex": lambda: nn.Linear(3, 4, dtype=torch.complex64),
+    "few and many draws": lambda: nn.ParameterList([torch.randn(n) for n in (1, 3, 15, 16, 17, 700, 5)]),
+    "empty": lambda: nn.ParameterList([torch.empty(0, 3), torch.randn(2)]),
     "loaded": loaded,
     "weight norm": lambda: torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, 5)),
     "float64": lambda: nn.Linear(40, 30).double(),
@@ -113,7 +188,7 @@ def test_every_parameter_and_buffer_has_the_bits_of_plain_building(name: str) ->
     torch.manual_seed(5)
     deferred = record(BUILDERS[name])
     assert isinstance(deferred, Deferred), deferred
-    assert all(parameter.is_meta for parameter in deferred.module.parameters())
+    assert any(parameter.is_meta for parameter in deferred.module.parameters())  # made from given numbers it has values
     deferred.prepare()
     assert torch.equal(torch.get_rng_state(), after), "random numbers go on differently"
     deferred.materialise_buffers()
@@ -208,10 +283,12 @@ def failing() -> nn.Module:
 )
 def test_what_cannot_be_recorded_is_given_up_with_the_reason_and_random_states_as_they_were(function: Callable[[], object], words: str) -> None:
     held.clear()
-    states = torch.get_rng_state(), random.getstate()
+    own = torch.Generator().manual_seed(9)
+    states = torch.get_rng_state(), random.getstate(), own.get_state()
 
     def and_others() -> object:
         random.random()
+        torch.randn(3, generator=own)
         return function()
 
     found = record(and_others)
@@ -219,6 +296,7 @@ def test_what_cannot_be_recorded_is_given_up_with_the_reason_and_random_states_a
     assert words in found
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
+    assert torch.equal(own.get_state(), states[2])
     assert torch.nn.init.trunc_normal_(torch.empty(3)).isfinite().all()  # torch is as it was
 
 
