@@ -182,6 +182,13 @@ def _deferred(module: Any, recorder: Recorder, restore_random: Callable[[], None
         raise GaveUp("a tensor of given numbers was changed after it was used")
     ends = {generator: recorder.origin_of(generator) for generator in list(recorder.first)}
     tensors = {id(tensor): tensor for tensor in _tensors_of(module) if isinstance(tensor, FakeTensor)}
+    if any(isinstance(part, torch.jit.ScriptModule) for part in module.modules()):
+        raise GaveUp("a part of the module is scripted")
+    if any(tensor.is_conj() or tensor.is_neg() for tensor in tensors.values()):
+        raise GaveUp("a tensor of the module is a conjugate or negative view")
+    registered = {id(parameter) for parameter in module.parameters()}
+    if any(isinstance(tensor, nn.Parameter) and key not in registered for key, tensor in tensors.items()):
+        raise GaveUp("a parameter is held by a module that has not registered it")
     targets = {key: recorder.view_of(tensor) for key, tensor in tensors.items()}
     if len({view.storage for view in targets.values()}) < len(targets):
         raise GaveUp("two tensors of the module share memory")

@@ -263,6 +263,18 @@ def never_written() -> nn.Module:
     return layer
 
 
+def ran_batch_norm() -> nn.Module:
+    layers = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    layers(torch.randn(5, 3))
+    return layers
+
+
+def unregistered() -> nn.Module:
+    layer = nn.Linear(4, 4)
+    layer.more = [nn.Parameter(torch.randn(3))]  # type: ignore[assignment]
+    return layer
+
+
 def failing() -> nn.Module:
     raise KeyError("mine")
 
@@ -278,6 +290,10 @@ def failing() -> nn.Module:
         (failing, "KeyError: 'mine'"),
         (lambda: nn.Linear(2, 2, device="meta"), "on meta"),
         (lambda: 3, "int is no module"),
+        (ran_batch_norm, "batch_norm"),
+        (lambda: nn.ParameterList([torch.randn(3, dtype=torch.complex64).conj()]), "conjugate"),
+        (lambda: nn.Sequential(torch.jit.script(nn.Linear(3, 3))), ""),
+        (unregistered, "has not registered it"),
         (lambda: torch.nn.utils.parametrizations.spectral_norm(nn.Linear(4, 5)), "set_ changes what storage"),
     ],
 )
