@@ -29,6 +29,7 @@ from ringfold.parallel.batch_norm import synchronise_batch_norm
 from ringfold.parallel.blocks import find_blocks
 from ringfold.parallel.bucket import own_dtype
 from ringfold.parallel.buckets import GradientBuckets
+from ringfold.parallel.deferred.model import Deferred
 from ringfold.parallel.mesh import DeviceMesh
 from ringfold.parallel.recompute.offload import HostOffload
 from ringfold.parallel.recompute.recomputation import Recomputation
@@ -117,26 +118,9 @@ class Engine:
         self._random = ShardRandom(self._comm.broadcast_object(torch.initial_seed()), mesh.device) if self._exact is not None else None
         offload = HostOffload.of_gpu(mesh.device) if offload_activations else None
         self.recomputation = Recomputation(self.module, mesh.layout, self._comm, blocks=blocks, offload=offload)
-        self._sharding: Sharding | None = None
+        self._sharding = self._sharded(built.deferred, bucket_mb, blocks, reduce_dtype)
         self._reducer: GradientReducer[Any]
-        if mesh.layout.zero or self._exact is not None or self._casting is not None:
-            # Exact sums and master copies are those of shards. Without zero every rank is a group of its own, which shares nothing with others.
-            self._sharding = Sharding(
-                self.module,
-                self._comm,
-                mesh.layout.zero or 2,
-                averaged=False,
-                group_size=mesh.layout.zero_group if mesh.layout.zero else 1,
-                bucket_mb=bucket_mb,
-                blocks=blocks,
-                exact=self._exact is not None,
-                dtype_of=own_dtype if self._casting is None else self._casting.dtype_of,
-                reduce_dtype=torch.float32 if self._exact is not None else reduce_dtype,
-                one_backward=self._micro == 1,
-                offload=mesh.layout.offload,
-                deferred=built.deferred,
-                device=mesh.device,
-            )
+        if self._sharding is not None:
             self.recomputation.before_recompute = self._sharding.gather
             self._reducer = self._sharding.gradients
         else:
@@ -169,6 +153,30 @@ class Engine:
         self.step = 0
         self.seconds = 0.0
         self.communication_share = 0.0
+
+    def _sharded(
+        self, deferred: Deferred | None, bucket_mb: float, blocks: Sequence[str] | None, reduce_dtype: torch.dtype | None
+    ) -> Sharding | None:
+        """Return the model's shards, which exact sums and master copies need, too: without zero each rank is then a group that shares nothing."""
+        layout, is_exact = self.mesh.layout, self._exact is not None
+        if not (layout.zero or is_exact or self._casting is not None):
+            return None
+        return Sharding(
+            self.module,
+            self._comm,
+            layout.zero or 2,
+            averaged=False,
+            group_size=layout.zero_group if layout.zero else 1,
+            bucket_mb=bucket_mb,
+            blocks=blocks,
+            exact=is_exact,
+            dtype_of=own_dtype if self._casting is None else self._casting.dtype_of,
+            reduce_dtype=torch.float32 if is_exact else reduce_dtype,
+            one_backward=self._micro == 1,
+            offload=layout.offload,
+            deferred=deferred,
+            device=self.mesh.device,
+        )
 
     @property
     def count(self) -> float:

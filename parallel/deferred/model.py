@@ -137,7 +137,7 @@ class Deferred:
 
 
 def record(function: Callable[[], Any]) -> Deferred | str:
-    """Build a model on the meta device; return the reason if that cannot be done, with random states as they were before."""
+    """Build a model without computing it; return the reason if that cannot be done, with random states as they were before."""
     restore_others = _random_states()
     torch_state = torch.default_generator.get_state()
     recorder = Recorder()

@@ -11,21 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.harness import run_ranks
+from tests.parallel.test_memory import WIDTH, Block
 
 pytestmark = pytest.mark.gpu
 
-WIDTH, ROWS, STEPS = 48, 11, 6
+ROWS, STEPS = 11, 6
 GPU = {"RINGFOLD_DEVICE": "cuda"}
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(WIDTH)
-        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(F.gelu(self.up(self.norm(x))))
 
 
 class Model(nn.Module):

@@ -17,20 +17,11 @@ from torch import Tensor, nn
 
 from tests.harness import run_ranks
 from tests.parallel.test_engine import make_engine
+from tests.parallel.test_memory import WIDTH, Block
 
-WIDTH, BLOCKS, ROWS = 96, 5, 3
+BLOCKS, ROWS = 5, 3
 NAMES = {code: name for name, code in OPERATIONS.items()}
 ITEMSIZES = {code: getattr(torch, name).itemsize for name, code in DTYPES.items()}
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(WIDTH)
-        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(F.gelu(self.up(self.norm(x))))
 
 
 class Model(nn.Module):
