@@ -22,6 +22,7 @@ from ringfold.collectives.communicator import Communicator
 from ringfold.collectives.communicator import world as join_world
 from ringfold.collectives.environment import VERBOSE, Job
 from ringfold.collectives.errors import ConfigError, PeerLost, RingfoldError
+from ringfold.collectives.page import Page
 from ringfold.collectives.work import Work
 from ringfold.parallel.layout import Layout
 from ringfold.parallel.mesh import DeviceMesh
@@ -34,6 +35,7 @@ __all__ = ["all_reduce", "current_mesh", "init", "shutdown"]
 BAD_INPUT = ConfigError.exit_code
 
 _mesh: DeviceMesh | None = None
+_joining: Job | None = None  # the job while there is no mesh of it yet, so that whoever fails then can tell
 
 
 def init(layout: str | Layout | None = None) -> DeviceMesh:
@@ -45,7 +47,7 @@ def init(layout: str | Layout | None = None) -> DeviceMesh:
     Raises: ConfigError if the script and the launcher, or two calls, ask for different layouts; LayoutError if it does not fit the world;
         ConnectError, AuthenticationError.
     """
-    global _mesh
+    global _mesh, _joining
     _see_to_the_end()
     job = Job.from_environment()
     given = Layout.parse(layout) if isinstance(layout, str) else layout
@@ -57,6 +59,7 @@ def init(layout: str | Layout | None = None) -> DeviceMesh:
         return _mesh
     chosen = _choose(given, job).resolve(job.world_size)
     chosen.require_built()
+    _joining = job
     world = join_world(job)
     try:
         _mesh = DeviceMesh(chosen, world)
@@ -69,6 +72,7 @@ def init(layout: str | Layout | None = None) -> DeviceMesh:
     except BaseException:
         world.close()
         raise
+    _joining = None
     return _mesh
 
 
@@ -151,13 +155,18 @@ def _arrange_allocator() -> str:
 
 def _forget() -> None:
     """In a forked child (a DataLoader's worker): the mesh, and the page that tells of failures, are the parent's."""
-    global _mesh
-    _mesh = None
+    global _mesh, _joining
+    _mesh = _joining = None
 
 
 def _write_failure(error: BaseException) -> bool:
     """Write it into the page; tell whether the launcher reads it there."""
-    if _mesh is None:
+    if _mesh is not None:
+        _mesh.world.page.write_failure(error)
+        return _mesh.world.session.job.page_fd is not None
+    if _joining is None or _joining.page_fd is None:
         return False
-    _mesh.world.page.write_failure(error)
-    return _mesh.world.session.job.page_fd is not None
+    page = Page.attach(os.dup(_joining.page_fd))
+    page.write_failure(error)
+    page.close()
+    return True

@@ -82,6 +82,32 @@ def test_a_worker_finds_its_job_and_its_page(tmp_path: Path) -> None:
     assert (code, sorted(out.splitlines()), err) == (0, ["[0] ringfold True False", "[1] ringfold True False"], "")
 
 
+def test_a_rank_that_loses_another_while_it_joins_says_so_in_one_line(tmp_path: Path) -> None:
+    path = script(
+        tmp_path,
+        """
+        import ringfold as rf
+        from ringfold.collectives import communicator
+        measure = communicator.measure_links
+
+        def fail(world):
+            if world.rank == 0:
+                raise ValueError("before the others had joined")
+            return measure(world)
+
+        communicator.measure_links = fail
+        rf.init()
+        """,
+    )
+    code, out, err = run("run", "-n", "2", path)
+    assert code == 1
+    assert "rank 0 of 2" in err
+    assert "ValueError: before the others had joined" in err
+    lost = [line for line in (out + err).splitlines() if line.startswith("[1] ")]
+    assert lost[0].startswith("[1] PeerLost: ")
+    assert not any("Traceback" in line for line in lost)
+
+
 def test_modules_and_executables_run_too(tmp_path: Path) -> None:
     (tmp_path / "trainer.py").write_text("import sys; print(__name__, sys.argv[1:])")
     assert run("run", "-m", "trainer", "--lr", "3", cwd=tmp_path)[:2] == (0, "__main__ ['--lr', '3']\n")
