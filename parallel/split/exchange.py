@@ -1,0 +1,165 @@
+"""What ranks of an axis tell each other in forward and in backward; every one of these pairs is its own transpose.
+
+               forward                          backward                        of a tensor
+    share      nothing                          sum over ranks                  that all have and of which each uses a part
+    part       nothing: a rank takes its own    gather                          that all have
+    total      sum over ranks                   nothing                         of which each has a term
+    whole      gather                           nothing: a rank takes its own   that is split, and all of which each uses alike
+    lend       gather                           sum over ranks, its own         that is split, and which each uses for something of its own
+    keep       sum over ranks, its own          gather                          of which each has a term; they end up split
+    first      nothing                          nothing but on rank 0           whose gradient is a sum over ranks, which each uses alike
+
+A tensor that all have has the same gradient on all. The names f and g of Megatron-LM (Shoeybi et al., arXiv:1909.08053) are share and total.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from ringfold.parallel.split.axis import Axis
+from ringfold.parallel.split.cut import Cut
+from torch import Tensor
+
+__all__ = ["first", "highest", "keep", "lend", "part", "share", "total", "whole"]
+
+
+def share(tensor: Tensor, axis: Axis) -> Tensor:
+    return _Share.apply(tensor, axis) if tensor.requires_grad else tensor  # type: ignore[no-any-return]
+
+
+def part(tensor: Tensor, cut: Cut) -> Tensor:
+    return _Part.apply(tensor, cut) if tensor.requires_grad else cut.take(tensor)  # type: ignore[no-any-return]
+
+
+def total(tensor: Tensor, axis: Axis) -> Tensor:
+    """The tensor is a new one that nobody else has: it may be written."""
+    return _Total.apply(tensor.contiguous(), axis)  # type: ignore[no-any-return]
+
+
+def whole(tensor: Tensor, cut: Cut) -> Tensor:
+    return _Whole.apply(tensor, cut)  # type: ignore[no-any-return]
+
+
+def lend(tensor: Tensor, cut: Cut) -> Tensor:
+    return _Lend.apply(tensor, cut)  # type: ignore[no-any-return]
+
+
+def keep(tensor: Tensor, cut: Cut) -> Tensor:
+    return _Keep.apply(tensor, cut)  # type: ignore[no-any-return]
+
+
+def first(tensor: Tensor, axis: Axis) -> Tensor:
+    return _First.apply(tensor, axis) if tensor.requires_grad else tensor  # type: ignore[no-any-return]
+
+
+def highest(tensor: Tensor, axis: Axis) -> Tensor:
+    """Return the elementwise maximum over ranks; it has no gradient."""
+    found = tensor.detach().clone(memory_format=torch.contiguous_format)
+    axis.comm.all_reduce(found, "max")
+    return found
+
+
+def _sum(tensor: Tensor, axis: Axis) -> Tensor:
+    """Sum over ranks in new memory."""
+    found = axis.comm.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) if tensor.is_cpu else torch.empty_like(tensor)
+    found.copy_(tensor)
+    axis.comm.all_reduce(found)
+    return found
+
+
+def _gather(tensor: Tensor, cut: Cut) -> Tensor:
+    shapes = [list(tensor.shape) for _ in cut.lengths]
+    for shape, length in zip(shapes, cut.lengths, strict=True):
+        shape[cut.dim] = cut.outer * length
+    sizes = [torch.Size(shape).numel() for shape in shapes]
+    flat = tensor.new_empty(sum(sizes))
+    cut.axis.comm.all_gather(flat, tensor.contiguous().view(-1), counts=sizes)
+    return cut.join([values.view(shape) for values, shape in zip(flat.split(sizes), shapes, strict=True)])
+
+
+def _sum_and_take(tensor: Tensor, cut: Cut) -> Tensor:
+    parts = [cut.take(tensor, rank) for rank in range(cut.axis.size)]
+    sizes = [values.numel() for values in parts]
+    output = tensor.new_empty(parts[cut.axis.rank].shape)
+    cut.axis.comm.reduce_scatter(output.view(-1), torch.cat([values.reshape(-1) for values in parts]), counts=sizes)
+    return output
+
+
+class _Share(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return _sum(grad, ctx.axis), None
+
+
+class _Part(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, cut: Cut) -> Tensor:
+        ctx.cut = cut
+        found = cut.take(tensor)
+        return found.view_as(found)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return _gather(grad, ctx.cut), None
+
+
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, axis: Axis) -> Tensor:
+        ctx.mark_dirty(tensor)
+        axis.comm.all_reduce(tensor)
+        return tensor
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]  # noqa: ARG004
+        return grad, None
+
+
+class _Whole(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, cut: Cut) -> Tensor:
+        ctx.cut = cut
+        return _gather(tensor, cut)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return ctx.cut.take(grad).contiguous(), None
+
+
+class _Lend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, cut: Cut) -> Tensor:
+        ctx.cut = cut
+        return _gather(tensor, cut)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return _sum_and_take(grad, ctx.cut), None
+
+
+class _Keep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, cut: Cut) -> Tensor:
+        ctx.cut = cut
+        return _sum_and_take(tensor, cut)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return _gather(grad, ctx.cut), None
+
+
+class _First(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad if ctx.axis.rank == 0 else torch.zeros_like(grad), None
