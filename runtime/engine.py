@@ -35,6 +35,8 @@ from ringfold.parallel.recompute.offload import HostOffload
 from ringfold.parallel.recompute.recomputation import Recomputation
 from ringfold.parallel.reducer import GradientReducer
 from ringfold.parallel.sparse import sparse_parameter_names
+from ringfold.parallel.tensor.plan import Plan
+from ringfold.parallel.tensor.tensor_parallel import TensorParallel
 from ringfold.parallel.traffic import Traffic
 from ringfold.parallel.zero.sharding import Sharding
 from ringfold.runtime import checkpoint, memory
@@ -84,6 +86,7 @@ class Engine:
         scheduler: Callable[[Optimizer], LRScheduler] | None = None,
         clip_norm: float | None = None,
         metrics: Mapping[str, Metric] | None = None,
+        plan: Plan | None = None,
         sync_batch_norm: bool = True,
         bucket_mb: float = 25.0,
         blocks: Sequence[str] | None = None,
@@ -105,8 +108,9 @@ class Engine:
         self._micro = mesh.layout.micro if self._exact is None else self._exact // self._comm.size
         self._rule = loss_rule(loss)
         self._metrics = dict(metrics or {})
-        built = construct(model, self._comm, mesh.device, precision, in_shards=mesh.layout.zero == 3)
+        built = construct(model, mesh.world, mesh.device, precision, in_shards=mesh.layout.zero == 3 and mesh.layout.tp == 1)
         self.module = built.module
+        self._tensor = TensorParallel(self.module, mesh["tp"], plan) if mesh.layout.tp > 1 else None
         if self._exact is not None:
             require_no_batch_norm(self.module)
         elif sync_batch_norm:
@@ -117,7 +121,9 @@ class Engine:
             self._linears = QuantisedLinears(self.module, find_blocks(self.module, blocks), self._casting, self._comm, fp8 or Fp8(), mesh.device)
         self._random = ShardRandom(self._comm.broadcast_object(torch.initial_seed()), mesh.device) if self._exact is not None else None
         offload = HostOffload.of_gpu(mesh.device) if offload_activations else None
-        self.recomputation = Recomputation(self.module, mesh.layout, self._comm, blocks=blocks, offload=offload)
+        self.recomputation = Recomputation(self.module, mesh.layout, mesh.world, blocks=blocks, offload=offload)
+        if self._tensor is not None:
+            self.recomputation.around = self._tensor.running
         self._sharding = self._sharded(built.deferred, bucket_mb, blocks, reduce_dtype)
         self._reducer: GradientReducer[Any]
         if self._sharding is not None:
@@ -128,13 +134,15 @@ class Engine:
                 self.module.named_parameters(), self._comm, averaged=False, bucket_mb=bucket_mb, sparse=sparse_parameter_names(self.module)
             )
         self._how_built = built.how
-        self._state = ModelState(self.module, self._sharding, mesh.rank)
+        self._state = ModelState(self.module, self._sharding, self._tensor, mesh.rank)
         self.optimizer = make_optimizer(optimizer, self.module)
         if self._sharding is not None:
             self._sharding.cut(self.optimizer)
         scaler = LossScaler() if precision.scales_loss else None
         is_exact = self._exact is not None
-        self._update = Update(self.module, self._comm, self.optimizer, self._sharding, clip_norm=clip_norm, scaler=scaler, is_exact=is_exact)
+        self._update = Update(
+            self.module, self._comm, self.optimizer, self._sharding, self._tensor, clip_norm=clip_norm, scaler=scaler, is_exact=is_exact
+        )
         self.scheduler = None if scheduler is None else make_scheduler(scheduler, self.optimizer)
         # Synchronised statistics, and the gathering of blocks, are collectives inside the model: a rank without rows then has to call it too.
         synchronises = any(getattr(part, "communicator", None) is not None for part in self.module.modules())
@@ -373,6 +381,8 @@ class Engine:
         if self._sharding is not None:
             self._sharding.close()
         self.recomputation.close()
+        if self._tensor is not None:
+            self._tensor.close()
         if self._linears is not None:
             self._linears.close()
         if self._casting is not None:

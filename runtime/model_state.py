@@ -4,18 +4,20 @@
     zero1, zero2      there too; the optimizer has pieces of them
     zero3             in shards: the module's parameters are whole only while they are used
     bf16, fp16        in float32 masters: the module's parameters are rounded from them
+    tp                in parts, each of which lies as one of the above
 
 `parts` is what this rank saves and what it wants back: whole tensors, or its pieces where what is trained is in pieces.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from ringfold.collectives.errors import ConfigError
+from ringfold.parallel.tensor.tensor_parallel import TensorParallel
 from ringfold.parallel.zero.sharding import Sharding
 from ringfold.runtime import checkpoint
 from torch import Tensor, nn
@@ -24,19 +26,25 @@ __all__ = ["ModelState"]
 
 
 class ModelState:
-    """The state of `module` on rank `rank`; `sharding` is None where every rank holds all of it. Methods are collective."""
+    """The state of `module` on rank `rank`; `sharding` and `tensor` are None where every rank holds all of it. Methods are collective."""
 
-    def __init__(self, module: nn.Module, sharding: Sharding | None, rank: int) -> None:
+    def __init__(self, module: nn.Module, sharding: Sharding | None, tensor: TensorParallel | None, rank: int) -> None:
         self._module = module
         self._sharding = sharding
+        self._tensor = tensor
         self._rank = rank
         self.shards_parameters = sharding is not None and sharding.stage == 3
         self._has_masters = sharding is not None and sharding.has_masters
         self._in_pieces = self.shards_parameters or self._has_masters
 
-    def everything(self, write: bool = False) -> AbstractContextManager[None]:
+    @contextmanager
+    def everything(self, write: bool = False) -> Iterator[None]:
         """Return a context in which the module has all its parameters; with `write` what is changed inside stays."""
-        return nullcontext() if self._sharding is None else self._sharding.everything(write)
+        with ExitStack() as stack:
+            for each in (self._sharding, self._tensor):  # a part is whole before it can be put together with others
+                if each is not None:
+                    stack.enter_context(each.everything(write))
+            yield
 
     def grad(self, name: str) -> Tensor | None:
         """Return a copy of a parameter's whole gradient, or None if no rank used it.
@@ -46,15 +54,17 @@ class ModelState:
         parameters = dict(self._module.named_parameters(remove_duplicate=False))
         if name not in parameters:
             raise ConfigError(f"grad: the model has no parameter {name!r}. It has {', '.join(parameters)}.")
+        parameter = parameters[name]
         if self._sharding is not None:
-            return self._sharding.grad(parameters[name])
-        grad = parameters[name].grad
-        return None if grad is None else grad.detach().clone()
+            grad = self._sharding.grad(parameter)
+        else:
+            grad = None if parameter.grad is None else parameter.grad.detach().clone()
+        return grad if grad is None or self._tensor is None else self._tensor.whole(parameter, grad)
 
     def whole(self) -> dict[str, Any]:
         """Return the full state on rank 0, and an empty dict elsewhere; copies where what is trained is in pieces."""
         if self._sharding is not None and self._has_masters:
-            trained = {name: self._sharding.value(p) for name, p in self._module.named_parameters(remove_duplicate=False)}
+            trained = {name: self._trained(self._sharding, p) for name, p in self._module.named_parameters(remove_duplicate=False)}
             return {name: trained.get(name, value) for name, value in self._module.state_dict().items()} if self._rank == 0 else {}
         with self.everything():
             state = dict(self._module.state_dict()) if self._rank == 0 else {}
@@ -70,7 +80,12 @@ class ModelState:
         with self.everything(write=True):
             self._module.load_state_dict(state)
         if self._sharding is not None and self._has_masters:
-            self._sharding.assign({parameter: state[name] for name, parameter in self._module.named_parameters()})
+            part = (lambda _, value: value) if self._tensor is None else self._tensor.part
+            self._sharding.assign({parameter: part(parameter, state[name]) for name, parameter in self._module.named_parameters()})
+
+    def _trained(self, sharding: Sharding, parameter: nn.Parameter) -> Tensor:
+        value = sharding.value(parameter)
+        return value if self._tensor is None else self._tensor.whole(parameter, value)
 
     def parts(self) -> dict[str, Any]:
         """Return what this rank saves. Buffers are rank 0's, as in the beginning.

@@ -12,6 +12,7 @@ import math
 
 from ringfold.collectives.communicator import Communicator
 from ringfold.mixed_precision.loss_scaler import LossScaler
+from ringfold.parallel.tensor.tensor_parallel import TensorParallel
 from ringfold.parallel.zero.sharding import Sharding
 from ringfold.runtime import exact, gradients
 from torch import nn
@@ -23,7 +24,7 @@ __all__ = ["Update"]
 class Update:
     """Steps of `optimizer` on the summed gradients of `module`, whose norm is bounded by `clip_norm`; collective.
 
-    is_exact: the norm has the same bits at any width. scaler: of a loss that is multiplied.
+    tensor: has divided parameters over "tp". is_exact: the norm has the same bits at any width. scaler: of a loss that is multiplied.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class Update:
         comm: Communicator,
         optimizer: Optimizer,
         sharding: Sharding | None,
+        tensor: TensorParallel | None,
         *,
         clip_norm: float | None,
         scaler: LossScaler | None,
@@ -43,6 +45,7 @@ class Update:
         self._comm = comm
         self._optimizer = optimizer
         self._sharding = sharding
+        self._tensor = tensor
         self._clip_norm = clip_norm
         self._is_exact = is_exact
         self._norm: float | None = None
@@ -92,12 +95,21 @@ class Update:
 
     def _squares(self) -> float | None:
         """Return the square of the norm, if anybody needs it."""
-        if self._sharding is None:
-            return None if self._clip_norm is None else gradients.squared_norm(gradients.values(self._parameters))
-        mine = self._sharding.gradient_tensors()
         if self._is_exact:
+            assert self._sharding is not None  # narrows the type: exact sums are sharded
+            mine = self._sharding.gradient_tensors()
             return exact.squared_norm(mine, sum(parameter.numel() for parameter in self._parameters), self._sharding.all_reduce)
-        return self._sharding.sum_over_shards(gradients.squared_norm(mine))
+        if self._tensor is None:
+            return None if self._sharding is None and self._clip_norm is None else self._squares_of(self._parameters)
+        of_parts = [parameter for parameter in self._parameters if self._tensor.is_divided(parameter)]
+        of_all = [parameter for parameter in self._parameters if not self._tensor.is_divided(parameter)]
+        return self._squares_of(of_all) + self._tensor.sum_of_parts(self._squares_of(of_parts))
+
+    def _squares_of(self, parameters: list[nn.Parameter]) -> float:
+        """Return the square of the norm of what the ranks that share the state of these parameters have of their gradients."""
+        if self._sharding is None:
+            return gradients.squared_norm(gradients.values(parameters))
+        return self._sharding.sum_over_shards(gradients.squared_norm(self._sharding.gradient_tensors(parameters)))
 
     def _not_finite(self) -> str:
         """Return the name of the first parameter whose gradient is not finite; collective."""

@@ -50,13 +50,14 @@ class Recomputation:
     that does this, so names, hooks and classes stay; a copy of the model (deepcopy, pickle) is without it. Of two for one model the later one counts.
 
     `before_recompute`, if it is set, is called with a block each time before its forward runs again in backward. Hooks of the block itself do
-    not run then, those of modules in it do.
+    not run then, those of modules in it do. `around` makes a context for that.
 
     Raises: ConfigError: the model has no blocks. And when the model runs: a block changes its arguments in place, or does something else the
     second time.
     """
 
     before_recompute: Callable[[nn.Module], None] | None = None
+    around: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
 
     def __init__(
         self, module: nn.Module, layout: Layout, comm: Communicator, *, blocks: Sequence[str] | None = None, offload: HostOffload | None = None
@@ -145,7 +146,7 @@ class Recomputation:
         call = Call(
             block.name,
             block.forward,
-            surroundings=Surroundings(dict.fromkeys(t.device for t in (*tensors, *block.module.parameters()))),
+            surroundings=Surroundings(dict.fromkeys(t.device for t in (*tensors, *block.module.parameters())), self.around),
             buffers=block.buffers.copy(),
             kept=Kept() if self._word == "selective" else None,
             before=functools.partial(self._about_to_recompute, block.module),

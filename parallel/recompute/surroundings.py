@@ -1,9 +1,9 @@
-"""The random state and the autocast under which the forward of a block ran."""
+"""The random state, the autocast and what else was in force when the forward of a block ran."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -12,9 +12,10 @@ __all__ = ["Surroundings"]
 
 
 class Surroundings:
-    """The random state of the CPU and of `devices`, and autocast, as they are now."""
+    """The random state of the CPU and of `devices`, and autocast, as they are now; `also` makes a context for the rest."""
 
-    def __init__(self, devices: Iterable[torch.device]) -> None:
+    def __init__(self, devices: Iterable[torch.device], also: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext) -> None:
+        self._also = also
         self._devices = [device for device in devices if device.type != "cpu"]
         self._cpu = torch.get_rng_state()
         self._states = self._device_states()
@@ -29,7 +30,7 @@ class Surroundings:
         cpu, states = torch.get_rng_state(), self._device_states()
         self._set(self._cpu, self._states)
         try:
-            with contextlib.ExitStack() as stack:
+            with self._also(), contextlib.ExitStack() as stack:
                 for kind, enabled, dtype in self._casts:
                     # Without its cache, which would outlive this run if backward itself is called under autocast.
                     stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))

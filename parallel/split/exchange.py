@@ -21,7 +21,7 @@ from ringfold.parallel.split.axis import Axis
 from ringfold.parallel.split.cut import Cut
 from torch import Tensor
 
-__all__ = ["first", "highest", "keep", "lend", "part", "share", "total", "whole"]
+__all__ = ["first", "gathered", "highest", "keep", "lend", "part", "share", "total", "whole"]
 
 
 def share(tensor: Tensor, axis: Axis) -> Tensor:
@@ -33,8 +33,7 @@ def part(tensor: Tensor, cut: Cut) -> Tensor:
 
 
 def total(tensor: Tensor, axis: Axis) -> Tensor:
-    """The tensor is a new one that nobody else has: it may be written."""
-    return _Total.apply(tensor.contiguous(), axis)  # type: ignore[no-any-return]
+    return _Total.apply(tensor, axis)  # type: ignore[no-any-return]
 
 
 def whole(tensor: Tensor, cut: Cut) -> Tensor:
@@ -60,15 +59,8 @@ def highest(tensor: Tensor, axis: Axis) -> Tensor:
     return found
 
 
-def _sum(tensor: Tensor, axis: Axis) -> Tensor:
-    """Sum over ranks in new memory."""
-    found = axis.comm.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) if tensor.is_cpu else torch.empty_like(tensor)
-    found.copy_(tensor)
-    axis.comm.all_reduce(found)
-    return found
-
-
-def _gather(tensor: Tensor, cut: Cut) -> Tensor:
+def gathered(tensor: Tensor, cut: Cut) -> Tensor:
+    """Return the whole of what ranks hold; not for autograd."""
     shapes = [list(tensor.shape) for _ in cut.lengths]
     for shape, length in zip(shapes, cut.lengths, strict=True):
         shape[cut.dim] = cut.outer * length
@@ -76,6 +68,14 @@ def _gather(tensor: Tensor, cut: Cut) -> Tensor:
     flat = tensor.new_empty(sum(sizes))
     cut.axis.comm.all_gather(flat, tensor.contiguous().view(-1), counts=sizes)
     return cut.join([values.view(shape) for values, shape in zip(flat.split(sizes), shapes, strict=True)])
+
+
+def _sum(tensor: Tensor, axis: Axis) -> Tensor:
+    """Sum over ranks in new memory."""
+    found = axis.comm.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) if tensor.is_cpu else torch.empty_like(tensor)
+    found.copy_(tensor)
+    axis.comm.all_reduce(found)
+    return found
 
 
 def _sum_and_take(tensor: Tensor, cut: Cut) -> Tensor:
@@ -106,15 +106,13 @@ class _Part(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return _gather(grad, ctx.cut), None
+        return gathered(grad, ctx.cut), None
 
 
 class _Total(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, axis: Axis) -> Tensor:
-        ctx.mark_dirty(tensor)
-        axis.comm.all_reduce(tensor)
-        return tensor
+    def forward(ctx: Any, tensor: Tensor, axis: Axis) -> Tensor:  # noqa: ARG004
+        return _sum(tensor, axis)  # not in place: selective recomputation keeps the terms
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]  # noqa: ARG004
@@ -125,7 +123,7 @@ class _Whole(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, cut: Cut) -> Tensor:
         ctx.cut = cut
-        return _gather(tensor, cut)
+        return gathered(tensor, cut)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
@@ -136,7 +134,7 @@ class _Lend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, cut: Cut) -> Tensor:
         ctx.cut = cut
-        return _gather(tensor, cut)
+        return gathered(tensor, cut)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
@@ -151,7 +149,7 @@ class _Keep(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return _gather(grad, ctx.cut), None
+        return gathered(grad, ctx.cut), None
 
 
 class _First(torch.autograd.Function):

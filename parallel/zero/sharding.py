@@ -220,9 +220,10 @@ class Sharding:
         """Return the dtype of a parameter's pieces, on ranks that have none of it, too."""
         return self._trained_dtypes[id(parameter)]
 
-    def gradient_tensors(self) -> list[torch.Tensor]:
-        """Return the gradients of this rank's pieces, in the dtypes in which they are kept."""
-        return [grad for piece in self.pieces if (grad := self.gradients.of(piece)) is not None]
+    def gradient_tensors(self, parameters: Sequence[nn.Parameter] | None = None) -> list[torch.Tensor]:
+        """Return the gradients of this rank's pieces of some parameters, of all by default, in the dtypes in which they are kept."""
+        keys = self._cut_of if parameters is None else [id(parameter) for parameter in parameters if id(parameter) in self._cut_of]
+        return [grad for key in keys if (grad := self.gradients.of(self._cut_of[key][1])) is not None]
 
     def publish(self) -> None:
         """Let every rank see what has changed in the pieces of any.
