@@ -138,6 +138,7 @@ def _repeat_interleave(func: Any, input: Tensor, repeats: Any, dim: int | None =
 def _cat(func: Any, tensors: Sequence[Tensor], dim: int = 0, **kwargs: Any) -> Any:
     if kwargs or not all(isinstance(one, Tensor) for one in tensors):
         return NO_RULE
+    tensors = [one for one in tensors if one.shape != (0,)] or tensors  # those count for nothing, whatever the others' dimensions
     dim %= tensors[0].dim()
     whole = [_undivided(one, dim, "cat") for one in tensors]  # parts of what is put together would lie elsewhere
     labels = [[(dim, place) if d == dim else d for d in range(one.dim())] for place, one in enumerate(whole)]
