@@ -19,7 +19,9 @@ from itertools import product
 from ringfold.collectives.errors import LayoutError, nearest
 
 # The one list of what runs today. A layout that needs anything else is refused by `require_built`.
-BUILT = frozenset({"dp", "tp", "micro", "fp32", "bf16", "fp16", "fp64", "fp8", "recompute", "exact", "zero1", "zero2", "zero3", "zero group", "offload"})
+BUILT = frozenset(
+    {"dp", "tp", "micro", "fp32", "bf16", "fp16", "fp64", "fp8", "recompute", "exact", "zero1", "zero2", "zero3", "zero group", "offload"}
+)
 
 AXES = ("pp", "dp", "cp", "tp")  # slowest to fastest over ranks
 PRECISIONS = ("fp32", "bf16", "fp16", "fp8", "fp64")
@@ -112,13 +114,13 @@ class Layout:
         dp = self.dp if self.dp is not None else max(1, world_size // (self.tp * self.pp * self.cp))
         return problems + list(self._axis_problems(dp)) + list(self._model_problems(model))
 
-    def resolve(self, world_size: int) -> Layout:
+    def resolve(self, world_size: int, model: object = None) -> Layout:
         """Return this layout with `dp` filled in for `world_size` workers.
 
         Raises:
-            LayoutError: everything that `check(world_size)` finds.
+            LayoutError: everything that `check(world_size, model)` finds.
         """
-        problems = self.check(world_size)
+        problems = self.check(world_size, model)
         if problems:
             raise LayoutError(problems[0] if len(problems) == 1 else _block(f'layout "{self}" does not fit', problems))
         return replace(self, dp=world_size // (self.tp * self.pp * self.cp))
@@ -290,18 +292,19 @@ class Layout:
                 )
 
     def _model_problems(self, model: object) -> Iterator[str]:
-        heads, kv_heads = _model_size(model, "attention heads"), _model_size(model, "key-value heads")
+        heads, kv_heads = model_size(model, "attention heads"), model_size(model, "key-value heads")
         for name, count in (("attention heads", heads), ("key-value heads", kv_heads)):
             if count and count % self.tp:
-                yield f"tp{self.tp} must divide the model's {count} {name}. Try tp{math.gcd(self.tp, count)}."
+                if name == "attention heads":  # of key-value heads that it does not divide every rank has all
+                    yield f"tp{self.tp} must divide the model's {count} {name}. Try tp{math.gcd(self.tp, count)}."
             elif count and self.cp_algorithm == "ulysses" and (count // self.tp) % self.cp:
                 arithmetic = f"{count} {name} / tp {self.tp} = {count // self.tp}"
                 yield f"cp{self.cp}:ulysses must divide {arithmetic}. Try cp{self.cp}:ring."
-        layers, stages = _model_size(model, "layers"), self.pp * self.virtual_stages
+        layers, stages = model_size(model, "layers"), self.pp * self.virtual_stages
         if layers and self.pp > 1 and stages > layers:
             arithmetic = f"pp x virtual stages = {self.pp} x {self.virtual_stages} = {stages}"
             yield f"{arithmetic} stages need as many layers, the model has {layers}. Try pp{max(1, layers // self.virtual_stages)}."
-        experts = _model_size(model, "experts")
+        experts = model_size(model, "experts")
         if experts and experts % self.ep:
             yield f"ep{self.ep} must divide the model's {experts} experts. Try ep{math.gcd(self.ep, experts)}."
 
@@ -310,7 +313,7 @@ def _block(head: str, problems: list[str]) -> str:
     return f"{head}: {problems[0]}" if len(problems) == 1 else "\n  ".join([f"{head}:", *problems])
 
 
-def _model_size(model: object, name: str) -> int | None:
+def model_size(model: object, name: str) -> int | None:
     """Look up a size of the model under its usual names, in the model itself and in its `config`."""
     for holder in (model, getattr(model, "config", None)):
         for key in _MODEL_NAMES[name]:

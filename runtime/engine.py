@@ -110,6 +110,7 @@ class Engine:
         self._metrics = dict(metrics or {})
         built = construct(model, mesh.world, mesh.device, precision, in_shards=mesh.layout.zero == 3 and mesh.layout.tp == 1)
         self.module = built.module
+        mesh.layout.resolve(mesh.size, self.module)
         self._tensor = TensorParallel(self.module, mesh["tp"], plan) if mesh.layout.tp > 1 else None
         if self._exact is not None:
             require_no_batch_norm(self.module)

@@ -55,10 +55,8 @@ class ModelState:
         if name not in parameters:
             raise ConfigError(f"grad: the model has no parameter {name!r}. It has {', '.join(parameters)}.")
         parameter = parameters[name]
-        if self._sharding is not None:
-            grad = self._sharding.grad(parameter)
-        else:
-            grad = None if parameter.grad is None else parameter.grad.detach().clone()
+        grad = parameter.grad if self._sharding is None else self._sharding.grad(parameter)
+        grad = grad if grad is None or self._sharding is not None else grad.detach().clone()
         return grad if grad is None or self._tensor is None else self._tensor.whole(parameter, grad)
 
     def whole(self) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from ringfold.runtime import context
 from ringfold.runtime.batch import Batch
 from ringfold.runtime.comparison import Report, compare
 from ringfold.runtime.engine import Engine
+from ringfold.runtime.float64 import Float64
 from ringfold.runtime.local_ranks import run_local_ranks
 from ringfold.runtime.oracle import Step, build, check_repeatable, make_optimizer, shape_batches, snapshot, train_plainly
 from ringfold.runtime.rows import row_range, take_rows
@@ -67,7 +68,7 @@ def _verify(source: Callable[[], Subject], layout: str | Layout, clip_norm: floa
     wanted = replace(wanted, dp=wanted.dp or 2, precision="fp64")
     size = wanted.world_size
     wanted.resolve(size).require_built()
-    with _float64():
+    with Float64():
         model_fn, batch, loss = source()
         model = build(model_fn)
         batches = shape_batches(model, batch, loss, size)
@@ -94,20 +95,19 @@ def _train_rank(job: _RankJob) -> tuple[list[Step], list[str]]:
     """Train as one rank of the layout; only rank 0's steps are returned, the others' weights are told by their digests."""
     mesh = context.init(job.layout)
     try:
-        with _float64():
+        with Float64():
             model_fn, _, loss = job.source()
             engine = Engine(functools.partial(build, model_fn), mesh, loss=loss, optimizer=make_optimizer, clip_norm=job.clip_norm)
-        engine.load_state_dict(job.initial)
-        steps, digests = [], []
-        torch.set_default_dtype(torch.float64)
-        for whole in job.batches:
-            mine = take_rows((whole.inputs, whole.target), *row_range(whole.rows, mesh["dp"].rank, mesh["dp"].size))
-            value = engine.train_step(mine)
-            with engine.whole_parameters():
-                _, weights = snapshot(engine.module)
-            grads = {name: _dense(engine.grad(name)) for name, _ in engine.module.named_parameters()}
-            digests.append(_digest(weights))
-            steps.append(Step(whole.rows, value, engine.grad_norm, grads, weights))
+            engine.load_state_dict(job.initial)
+            steps, digests = [], []
+            for whole in job.batches:
+                mine = take_rows((whole.inputs, whole.target), *row_range(whole.rows, mesh["dp"].rank, mesh["dp"].size))
+                value = engine.train_step(mine)
+                with engine.whole_parameters():
+                    _, weights = snapshot(engine.module)
+                grads = {name: _dense(engine.grad(name)) for name, _ in engine.module.named_parameters()}
+                digests.append(_digest(weights))
+                steps.append(Step(whole.rows, value, engine.grad_norm, grads, weights))
         return (steps if mesh.rank == 0 else []), digests
     finally:
         context.shutdown()
@@ -122,19 +122,6 @@ def _digest(weights: Mapping[str, Tensor]) -> str:
     for value in weights.values():
         digest.update(value.contiguous().view(-1).view(torch.uint8).cpu().numpy().data)
     return digest.hexdigest()
-
-
-class _float64:
-    """Make float64 the default dtype, and give back the old one and the random state."""
-
-    def __enter__(self) -> None:
-        self._dtype, self._random = torch.get_default_dtype(), torch.get_rng_state()
-        torch.set_default_dtype(torch.float64)
-        torch.manual_seed(0)
-
-    def __exit__(self, *_: object) -> None:
-        torch.set_default_dtype(self._dtype)
-        torch.set_rng_state(self._random)
 
 
 def _given(model_fn: Callable[[], nn.Module] | nn.Module, batch: Any, loss: Callable[..., Any]) -> Subject:

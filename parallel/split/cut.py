@@ -11,6 +11,7 @@ A dimension is `outer` repetitions of a period, and each rank holds the same run
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,8 @@ from ringfold.parallel.split.axis import Axis
 from torch import Tensor
 
 __all__ = ["Cut", "Runs", "regroup", "with_length"]
+
+SOME = 1_000_003  # a prime that no shape has
 
 Runs = tuple[tuple[int, int], ...]
 
@@ -39,7 +42,7 @@ class Cut:
     def evenly(cls, axis: Axis, dim: int, length: int) -> Cut:
         """Return a cut into one run a rank; the first ranks get one more where `length` is no multiple."""
         bounds = [rank * (length // axis.size) + min(rank, length % axis.size) for rank in range(axis.size + 1)]
-        return cls(axis, dim, 1, length, tuple(((start, stop),) for start, stop in zip(bounds, bounds[1:], strict=False)))
+        return cls(axis, dim, 1, length, tuple(((start, stop),) for start, stop in itertools.pairwise(bounds)))
 
     @cached_property
     def lengths(self) -> tuple[int, ...]:
@@ -140,7 +143,7 @@ class Cut:
     @cached_property
     def _is_in_order(self) -> bool:
         flat = [run for of_rank in self.runs for run in of_rank]
-        return all(one[1] == following[0] for one, following in zip(flat, flat[1:], strict=False))
+        return all(one[1] == following[0] for one, following in itertools.pairwise(flat))
 
 
 def with_length(shape: Sequence[int], cuts: Sequence[Cut]) -> list[int]:
@@ -153,10 +156,27 @@ def with_length(shape: Sequence[int], cuts: Sequence[Cut]) -> list[int]:
 
 def regroup(cut: Cut, before: Sequence[int], after: Sequence[int]) -> Cut | None:
     """Return the cut of a tensor of shape `before` once it is viewed in shape `after`; None if no dimension of that is cut."""
+    if 0 in before:
+        return _regroup_nothing(cut, list(before), list(after))
     for olds, news in _groups(before, after):
         if cut.dim in olds:
             return _through(cut, [before[d] for d in olds], cut.dim - olds[0], [after[d] for d in news], news)
     return None
+
+
+def _regroup_nothing(cut: Cut, before: list[int], after: list[int]) -> Cut | None:
+    """Follow the cut of a tensor without elements, as if there were `SOME` rows where there are none."""
+    if before.count(0) != 1 or after.count(0) != 1:
+        return None
+    place = after.index(0)
+    after[place] = 1
+    rows = SOME * math.prod(after)  # whatever they are made of there
+    if not cut.outer:
+        cut = replace(cut, outer=rows)
+    before[before.index(0)] = rows * cut.period if before[cut.dim] == 0 else rows
+    after[place] = math.prod(before) // math.prod(after)
+    found = regroup(cut, before, after) if math.prod(before) == math.prod(after) else None
+    return found if found is None or found.outer % SOME else replace(found, outer=0)
 
 
 def _through(cut: Cut, olds: Sequence[int], place: int, lengths: Sequence[int], news: Sequence[int]) -> Cut | None:
@@ -179,7 +199,9 @@ def _groups(before: Sequence[int], after: Sequence[int]) -> Iterator[tuple[list[
     """Yield (dimensions before, dimensions after) that are made of each other, the smallest such groups; lengths of 1 belong to any."""
     i = j = 0
     while i < len(before) or j < len(after):
-        olds, news, old, new = [], [], 1, 1
+        olds: list[int] = []
+        news: list[int] = []
+        old = new = 1
         while True:
             if old == new and olds and news and old > 1:
                 break

@@ -1,8 +1,8 @@
 """Split: a tensor of which this rank holds a part, and which has the shape of the whole.
 
 A model's own code goes on with it as with any tensor. Each of torch's functions that it is given to follows a rule (rules/): it is done on the parts,
-with what ranks must tell each other, or, where there is no rule, on the whole, which is gathered for it. So what comes out is right either way, and an
-`Axis` counts what was gathered.
+and ranks tell each other what they must; where there is no rule, it is done on the whole, which is gathered for it. What comes out is right either
+way, and an `Axis` counts what was gathered.
 
     local        this rank's part, an ordinary tensor; autograd sees only this one
     cuts         how dimensions are divided, at most one for each axis
@@ -21,7 +21,7 @@ import torch
 from ringfold.collectives.errors import ConfigError
 from ringfold.parallel.split import exchange
 from ringfold.parallel.split.axis import Axis
-from ringfold.parallel.split.cut import Cut, with_length
+from ringfold.parallel.split.cut import Cut
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -53,11 +53,11 @@ class Split(Tensor):
         where = ", ".join(f"dim {cut.dim} over {cut.axis.name}" for cut in self.cuts)
         return f"Split({list(self.shape)}, {where or 'whole'}, local={self.local!r})"
 
-    def __format__(self, spec: str) -> str:  # noqa: ARG002
+    def __format__(self, spec: str) -> str:
         return repr(self)
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:  # noqa: ARG003
+    def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         found = RULES.get(func)
         if found is not None:
             result = found(func, *args, **(kwargs or {}))
@@ -66,7 +66,7 @@ class Split(Tensor):
         return _on_the_whole(func, args, kwargs or {})
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:  # noqa: ARG003
+    def __torch_dispatch__(cls, func: Any, *_: Any) -> Any:  # type: ignore[override]
         raise ConfigError(
             f"{func} was called on a tensor that is split over ranks, past what torch lets rules see (an operator of C++?). "
             "Keep the module around it whole, with a plan that does not name it."
@@ -142,7 +142,9 @@ def without_terms(tensor: Tensor, axes: Iterable[Axis] | None = None) -> Tensor:
     return made(local, tensor.shape, tensor.cuts, left)
 
 
-IN_PLACE = {f"__i{name}__" for name in "add sub mul truediv floordiv mod pow and or xor lshift rshift matmul".split()} | {"__setitem__"}
+IN_PLACE = {
+    f"__i{name}__" for name in ["add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift", "matmul"]
+} | {"__setitem__"}
 
 
 def _on_the_whole(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

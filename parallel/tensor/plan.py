@@ -1,9 +1,10 @@
-"""Plan: which parameters tensor parallelism divides, and along which dimension. What follows from that is left to the rules (parallel/split).
+"""Plan: which parameters tensor parallelism divides, and along which dimension. What follows is left to the rules (parallel/split).
 
-    column      the features that a module gives: heads, or the inside of an MLP; "column:3" where it is three of them in one, as fused q, k and v are,
-                "column:512+128+128" where they are of different lengths
+    column      the features that a module gives: heads, or the inside of an MLP; "column:3" where it is three of them in one, as fused q, k and v
+                are, "column:512+128+128" where they are of different lengths
     row         the features that it takes
     vocab       the rows of an embedding
+    experts     the inside of every expert, of modules that keep theirs in two parameters, gate_up_proj and down_proj
     whole       nothing: every rank has it
 
 A user's plan maps patterns of module names to these words. Without one, a model that says its own (Hugging Face's `_tp_plan`) is asked, and of all
@@ -16,13 +17,14 @@ from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 
 from ringfold.collectives.errors import ConfigError, nearest
+from ringfold.parallel.layout import model_size
 from ringfold.parallel.placement import Shard
 from torch import nn
 
 __all__ = ["WORDS", "Plan", "choose_plan", "find_plan", "shards_of"]
 
 Plan = Mapping[str, str]
-WORDS = ("column", "row", "vocab", "whole")
+WORDS = ("column", "row", "vocab", "experts", "whole")
 
 COLUMN = """
     q k v q_proj k_proj v_proj query key value wq wk wv to_q to_k to_v q_lin k_lin v_lin
@@ -34,20 +36,21 @@ ROW = """
     down down_proj fc2 w2 lin2 linear2 fc_out dense_4h_to_h output.dense mlp.2
 """
 VOCAB = "embed embedding embeddings embed_tokens wte tok_embeddings word_embeddings token_embedding tok_emb shared embed_in"
-FUSED = {"qkv": 3, "c_attn": 3, "Wqkv": 3, "qkv_proj": 3, "in_proj": 3, "gate_up_proj": 2}  # query_key_value has a head's three together: no pieces
+FUSED = ("qkv", "c_attn", "Wqkv", "qkv_proj", "in_proj")  # query_key_value has what belongs to a head together: no pieces
+KEYS_AND_VALUES = "k v k_proj v_proj key value wk wv to_k to_v k_lin v_lin"
 # Hugging Face's words (transformers/integrations/tensor_parallel.py)
 OF_HUGGING_FACE = {"colwise": "column", "colwise_rep": "column", "colwise_gather_output": "column", "rowwise": "row", "rowwise_rep": "row"}
 OF_HUGGING_FACE |= {"embedding_rowwise": "vocab", "embedding_colwise": "column", "rowwise_split_input": "row", "packed_colwise": "column:2"}
 
 
-def choose_plan(module: nn.Module, plan: Plan | None) -> dict[str, str]:
-    """Return a word for each module that is divided, by name.
+def choose_plan(module: nn.Module, size: int, plan: Plan | None) -> dict[str, str]:
+    """Return a word for each module that is divided among `size` ranks, by name.
 
     Raises:
         ConfigError: a pattern of `plan` fits no module, or its word is none; all such are named.
     """
     if plan is None:
-        return find_plan(module)
+        return find_plan(module, size)
     modules = {name: part for name, part in module.named_modules() if next(part.parameters(), None) is not None}
     problems = []
     for pattern, word in plan.items():
@@ -62,14 +65,20 @@ def choose_plan(module: nn.Module, plan: Plan | None) -> dict[str, str]:
     return {name: word for name, word in found.items() if word not in (None, "whole")}  # type: ignore[misc]
 
 
-def find_plan(module: nn.Module) -> dict[str, str]:
-    """Return a word for each module that is known: by the model's own plan, by its class, or by its name."""
+def find_plan(module: nn.Module, size: int) -> dict[str, str]:
+    """Return a word for each module that is known: by the model's own plan, by its class, or by its name.
+
+    Keys and values of fewer heads than `size` divides stay whole: each rank then computes all of them, for its own query heads.
+    """
+    heads, shared_heads = (model_size(module, f"{kind} heads") or 0 for kind in ("attention", "key-value"))
+    grouped = bool(shared_heads) and shared_heads != heads
     own = dict(_own_plan(module))
     found = {}
     sizes = {part.num_embeddings for _, part in module.named_modules() if isinstance(part, nn.Embedding)}
     for name, part in module.named_modules():
-        word = own.get(name) or _known(name, part, sizes)
-        if word is not None:
+        word = own.get(name) or _known(name, part, sizes, (heads, shared_heads) if grouped else None)
+        is_shared = grouped and (_is_called(name, KEYS_AND_VALUES) or "+" in (word or ""))
+        if word is not None and not (is_shared and shared_heads % size):
             found[name] = word
     return found
 
@@ -89,6 +98,9 @@ def shards_of(name: str, part: nn.Module, word: str) -> dict[str, Shard]:
         return {key: shard for key, shard in weights.items() if getattr(part, key, None) is not None}
     if isinstance(part, nn.Embedding) and kind in ("vocab", "column"):
         return {"weight": Shard(0 if kind == "vocab" else 1)}
+    if kind == "experts" and _are_experts(part):
+        half = part.get_parameter("gate_up_proj").shape[1] // 2
+        return {"gate_up_proj": Shard(1, (half, half)), "down_proj": Shard(2)}
     if (isinstance(part, nn.Linear) or transposed) and kind in ("column", "row"):
         weight = part.get_parameter("weight")
         out = 1 if transposed else 0
@@ -126,9 +138,16 @@ def _can_be(part: nn.Module, word: str) -> bool:
         return False
 
 
-def _known(name: str, part: nn.Module, vocabularies: set[int]) -> str | None:
+def _are_experts(part: nn.Module) -> bool:
+    weights = [part._parameters.get(name) for name in ("gate_up_proj", "down_proj")]
+    return all(weight is not None and weight.dim() == 3 for weight in weights) and weights[0].shape[1] == 2 * weights[1].shape[2]  # type: ignore[union-attr]
+
+
+def _known(name: str, part: nn.Module, vocabularies: set[int], grouped: tuple[int, int] | None) -> str | None:
     if isinstance(part, nn.MultiheadAttention):
         return "column"
+    if _are_experts(part):
+        return "experts"
     if isinstance(part, nn.Embedding):
         return "vocab" if _is_called(name, VOCAB) else None
     if not (isinstance(part, nn.Linear) or type(part).__name__ == "Conv1D"):
@@ -137,11 +156,22 @@ def _known(name: str, part: nn.Module, vocabularies: set[int]) -> str | None:
     if _is_called(name, ROW):  # first: "attn.c_proj" and "c_proj" end alike, and "attention.output.dense" like no column
         return "row"
     if _is_called(name, COLUMN):
-        times = FUSED.get(name.rpartition(".")[2])
-        return "column" if times is None or (times == 3 and given != 3 * taken) or given % times else f"column:{times}"
+        return _column(name.rpartition(".")[2], taken, given, grouped)
     if given in vocabularies and given > taken // 2:
         return "column"  # what gives the logits
     return None
+
+
+def _column(name: str, taken: int, given: int, grouped: tuple[int, int] | None) -> str:
+    """Tell a product that is several in one by its size."""
+    if name == "gate_up_proj" and given % 2 == 0:
+        return "column:2"
+    if name in FUSED and given == 3 * taken:
+        return "column:3"
+    if name in FUSED and grouped is not None and given % (grouped[0] + 2 * grouped[1]) == 0:
+        width = given // (grouped[0] + 2 * grouped[1])
+        return f"column:{grouped[0] * width}+{grouped[1] * width}+{grouped[1] * width}"
+    return "column"
 
 
 def _features(part: nn.Module) -> tuple[int, int]:
@@ -165,4 +195,3 @@ def _pieces(name: str, word: str, detail: str, length: int) -> tuple[int, ...]:
     if sum(pieces) != length:
         raise ConfigError(f"plan: {name}: {word!r} does not make up its {length} features")
     return pieces
-

@@ -1,9 +1,9 @@
 """TensorParallel: a model of which each rank of the axis "tp" has a part of the large parameters (Shoeybi et al., arXiv:1909.08053).
 
-The model's code is not changed. While the model runs, the parameters that are divided are `Split` tensors, which have the shape of the whole; what its
-functions make of them, and what ranks tell each other for that, follows from rules (parallel/split). Between runs they are ordinary parameters with
-this rank's part in them, which is what optimizers, ZeRO and the reduction of gradients over "dp" see. A parameter that is not divided has the
-same values and the same gradient on all ranks of the axis.
+The model's code is not changed. While it runs, the parameters that are divided are `Split` tensors, which have the shape of the whole; what its
+functions make of them, and what ranks tell each other for that, follows from rules (parallel/split). Between runs they are ordinary parameters
+with this rank's part in them, which is what optimizers, ZeRO and the reduction of gradients over "dp" see. A parameter that is not divided has
+the same values and the same gradient on all ranks of the axis.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ class TensorParallel:
 
     def __init__(self, module: nn.Module, comm: Communicator, plan: Plan | None = None) -> None:
         self.axis = Axis("tp", comm)
-        self.plan = choose_plan(module, plan)
+        self.plan = choose_plan(module, comm.size, plan)
         self._running = 0
         self._divided = self._divide(module)
         if not self._divided:
             raise ConfigError(
-                f'tp{comm.size}: no parameter is divided: no module of {type(module).__name__} has a name that is known. Say which are, as in '
+                f"tp{comm.size}: no parameter is divided: no module of {type(module).__name__} has a name that is known. Say which are, as in "
                 'Engine(plan={"blocks.*.q": "column", "blocks.*.out": "row"}).'
             )
         self._by_parameter = {id(each.parameter): each for each in self._divided}
@@ -93,9 +93,11 @@ class TensorParallel:
         kept = [(each, each.parameter.data) for each in self._divided]
         for each, local in kept:
             each.parameter.data = self.whole(each.parameter, local)
+        self._running += 1  # a model that is whole runs as it is
         try:
             yield
         finally:
+            self._running -= 1
             for each, local in kept:
                 if write:
                     local.copy_(each.cut.take(each.parameter.data))

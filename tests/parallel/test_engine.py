@@ -140,7 +140,7 @@ def train(
     )
     found: dict[str, Any] = {"losses": [], "norms": [], "grads": []}
     for batch in global_batches():
-        found["losses"].append(engine.train_step(mine(batch, world.rank, world.size)))
+        found["losses"].append(engine.train_step(mine(batch, engine.mesh["dp"].rank, engine.mesh["dp"].size)))
         found["norms"].append(engine.grad_norm)
         found["grads"].append({name: engine.grad(name) for name, _ in engine.module.named_parameters()})
     assert engine.grad("unused") is None

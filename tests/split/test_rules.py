@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from ringfold.collectives.errors import ConfigError
 from ringfold.parallel.split import rules  # noqa: F401  makes them known
 from ringfold.parallel.split.axis import Axis
 from ringfold.parallel.split.cut import Cut
@@ -88,6 +87,9 @@ CASES: dict[str, Callable[[], Case]] = {
     "[:, -1]": lambda: (lambda a: a[:, -1], [real(4, 6)]),
     "[None, 1:]": lambda: (lambda a: a[None, 1:, ::2], [real(4, 6)]),
     "[ids]": lambda: (lambda a, i: a[i], [real(6, 4), ids(3, high=6)]),
+    "[:, mask]": lambda: (lambda a: a[:, torch.arange(6) % 3 != 1] * 2.0, [real(4, 6, 3)]),
+    "[..., ids of two dims, :]": lambda: (lambda a: a[..., torch.tensor([[0, 1], [3, 3], [5, 2]]), :], [real(4, 6, 3)]),
+    "[ids of none]": lambda: (lambda a: a[torch.tensor(1)], [real(4, 6, 3)]),
     "item set": lambda: (item_set, [real(4, 6)]),
     "sum": lambda: (torch.sum, [real(4, 6)]),
     "sum of a dim": lambda: (lambda a: a.sum(1), [real(4, 6, 3)]),
@@ -128,7 +130,10 @@ CASES: dict[str, Callable[[], Case]] = {
         [real(5, 7, 4), ids(5, 4, high=7)],
     ),
     "cross_entropy, none": lambda: (lambda x, t: F.cross_entropy(x, t, reduction="none"), [real(4, 6, 5), ids(4, 5, high=6)]),
-    "cross_entropy of flattened": lambda: (lambda x, t: F.cross_entropy(x.flatten(0, 1), t.flatten(), reduction="sum"), [real(2, 6, 7), ids(2, 6, high=7)]),
+    "cross_entropy of flattened": lambda: (
+        lambda x, t: F.cross_entropy(x.flatten(0, 1), t.flatten(), reduction="sum"),
+        [real(2, 6, 7), ids(2, 6, high=7)],
+    ),
     "mse_loss": lambda: (F.mse_loss, [real(4, 6), real(4, 6)]),
     "no rule": lambda: (torch.linalg.qr, [real(6, 3)]),
     "item": lambda: (lambda a: a.sum().item() * a, [real(4, 6)]),
@@ -150,6 +155,9 @@ IN_PARTS = {
     "cross_entropy of flattened": [(2, None), (1, 1), (0, 0), (1, None)],
     "layer_norm": [(0, None, None), (1, "term", "term")],
     "mean": [(0,), (1,), (2,)],
+    "[:, mask]": [(0,), (2,)],
+    "[..., ids of two dims, :]": [(0,), (2,)],
+    "[ids of none]": [(1,), (2,)],
     "multi-head attention": [(None, "fused", "fused", 1, None)],
     "attention of a fused product": [(None, "fused")],
     "attention of a chunked product": [(None, "fused")],
@@ -228,7 +236,7 @@ def hold(world, name: str, hows: tuple[object, ...], expected: list[Tensor], gra
             world.all_reduce(mine)
         elif isinstance(one, Split):
             wanted = one.cuts[0].take(wanted)
-        torch.testing.assert_close(mine, wanted, rtol=1e-11, atol=1e-11, msg=lambda m: f"{name} {hows}, gradient {number}: {m}")
+        torch.testing.assert_close(mine, wanted, rtol=1e-11, atol=1e-11, msg=lambda m, n=number: f"{name} {hows}, gradient {n}: {m}")
     return count
 
 

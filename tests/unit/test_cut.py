@@ -23,9 +23,7 @@ def cuts(draw: st.DrawFn) -> tuple[list[int], list[Cut]]:
     outer, unit, pieces = draw(st.integers(1, 3)), draw(st.integers(1, 2)), draw(st.integers(1, 4))
     bounds = [0, *sorted(draw(st.lists(st.integers(1, 6), min_size=pieces, max_size=pieces, unique=True)))]
     order = draw(st.lists(st.integers(0, size - 1), min_size=pieces, max_size=pieces))
-    runs = tuple(
-        tuple((a * unit, b * unit) for place, a, b in zip(order, bounds, bounds[1:], strict=False) if place == rank) for rank in range(size)
-    )
+    runs = tuple(tuple((a * unit, b * unit) for place, a, b in zip(order, bounds, bounds[1:], strict=False) if place == rank) for rank in range(size))
     shape = draw(st.lists(st.integers(1, 3), max_size=2))
     dim = draw(st.integers(0, len(shape)))
     shape.insert(dim, outer * bounds[-1] * unit)
@@ -97,6 +95,23 @@ def test_views_of_attention_are_followed(cut: Cut, before: tuple, after: tuple, 
     found = regroup(cut, before, after)
     assert found is not None
     assert (found.dim, found.outer, found.period) == (dim, outer, period)
+
+
+@pytest.mark.parametrize(("before", "after"), [((0, 5, 12), (0, 5, 6, 2)), ((0, 5, 12), (0, 12)), ((0, 12), (0, 5, 12)), ((3, 0, 12), (3, 0, 2, 6))])
+def test_views_without_rows_are_followed(before: tuple, after: tuple) -> None:
+    cuts = [Cut.evenly(seat, len(before) - 1, 12) for seat in seats(2)]
+    for cut in cuts:
+        found = regroup(cut, before, after)
+        assert found is not None
+        assert found.take(torch.empty(after)).shape == cut.take(torch.empty(before)).reshape(with_length(after, [found])).shape
+
+
+def test_rows_without_any_merge_with_a_divided_dimension_and_part_again() -> None:
+    cut = Cut.evenly(SEAT, 1, 6)
+    merged = regroup(cut, (0, 6, 12), (0, 12))
+    assert merged is not None
+    assert merged.outer == 0
+    assert regroup(merged, (0, 12), (0, 6, 12)) == cut
 
 
 def test_a_view_that_divides_a_head_is_not_followed() -> None:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from ringfold.parallel.split.rules.agreement import agree, labels_of
 from ringfold.parallel.split.rules.randomness import drawn_apart
-from ringfold.parallel.split.tensor import NO_RULE, Split, made, rule
+from ringfold.parallel.split.tensor import NO_RULE, cuts_of, made, rule
 from torch import Tensor
 
 __all__: list[str] = []
@@ -33,12 +33,11 @@ def _attention(
         key, value = key.repeat_interleave(times, -3), value.repeat_interleave(times, -3)
     batch = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
     operands = [value, key, query] if attn_mask is None else [attn_mask, value, key, query]  # the query's division is the one that stays
-    ends = [KEY, WIDTH], [KEY, INNER], [QUERY, INNER]
-    ends = ends if attn_mask is None else ([QUERY, KEY], *ends)
+    ends = [*([] if attn_mask is None else [[QUERY, KEY]]), [KEY, WIDTH], [KEY, INNER], [QUERY, INNER]]
     labels = [[*labels_of(one.shape[:-2], batch), *end] for one, end in zip(operands, ends, strict=True)]
     if attn_mask is not None:
         labels[0] = [label if label not in (QUERY, KEY) or length > 1 else None for label, length in zip(labels[0], attn_mask.shape, strict=True)]
-    if any(label in (QUERY, KEY, INNER, WIDTH) for one, own in zip(operands, labels, strict=True) if isinstance(one, Split) for cut in one.cuts for label in [own[cut.dim]]):
+    if any(own[cut.dim] in (QUERY, KEY, INNER, WIDTH) for one, own in zip(operands, labels, strict=True) for cut in cuts_of(one)):
         return NO_RULE
     found = agree(operands, labels, "scaled_dot_product_attention")
     *mask, v, k, q = found.locals
@@ -50,11 +49,11 @@ def _attention(
 
 @rule(F.multi_head_attention_forward)
 def _multi_head(
-    func: Any,
+    func: Any,  # noqa: ARG001
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    embed_dim_to_check: int,
+    embed_dim_to_check: int,  # noqa: ARG001
     num_heads: int,
     in_proj_weight: Tensor | None,
     in_proj_bias: Tensor | None,

@@ -10,8 +10,11 @@ from torch import Tensor
 
 __all__: list[str] = []
 
-OF_THE_WHOLE = "shape ndim dtype device layout requires_grad is_leaf is_cuda is_cpu is_meta is_sparse is_sparse_csr is_quantized is_nested is_mkldnn names"
+OF_THE_WHOLE = (
+    "shape ndim dtype device layout requires_grad is_leaf is_cuda is_cpu is_meta is_sparse is_sparse_csr is_quantized is_nested is_mkldnn names"
+)
 METHODS = "size dim ndimension numel nelement element_size is_floating_point is_complex is_signed get_device stride is_inference is_pinned __len__"
+OF_THE_LOCAL = "is_neg is_conj is_contiguous retain_grad register_hook has_names untyped_storage data_ptr storage_offset is_set_to"
 
 
 def _getters(names: str) -> list[Any]:
@@ -28,7 +31,7 @@ def _of_the_whole(func: Any, *args: Any, **kwargs: Any) -> Any:
         return func(*args, **kwargs)
 
 
-@rule(Tensor._version.__get__, Tensor.grad_fn.__get__, *_methods("is_neg is_conj is_contiguous retain_grad register_hook has_names"))  # type: ignore[attr-defined]
+@rule(*_getters("_version grad_fn nbytes"), *_methods(OF_THE_LOCAL))
 def _of_the_local(func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
     return func(local_of(tensor), *args, **kwargs)
 
@@ -39,7 +42,7 @@ def _data(func: Any, tensor: Split, *_: Any) -> Tensor:
 
 
 @rule(Tensor.T.__get__, Tensor.mT.__get__)  # type: ignore[attr-defined]
-def _transposed(func: Any, tensor: Split, *_: Any) -> Tensor:  # noqa: ARG001
+def _transposed(func: Any, tensor: Split, *_: Any) -> Tensor:
     return tensor.permute(*range(tensor.dim())[::-1]) if func == Tensor.T.__get__ else tensor.transpose(-2, -1)  # type: ignore[attr-defined]
 
 

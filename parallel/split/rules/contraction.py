@@ -1,9 +1,9 @@
 """Products: matmul, linear and what else sums over a dimension that two operands share.
 
-    x [.., k] split in k, W [j, k] split in k      each rank has a term of the result: total            (row-parallel)
-    x [.., k], W [j, k] split in j                 the result is split in j, the gradient of x summed    (column-parallel)
-    x [t, k] split in t, W [j, k]                  the result is split in t, the gradient of W summed    (data- and context-parallel)
-    x [t, k] split in t, W [j, k] split in j       x is gathered, its gradient summed and split          (sequence- into column-parallel)
+x [.., k] split in k, W [j, k] split in k      each rank has a term of the result: total            (row-parallel)
+x [.., k], W [j, k] split in j                 the result is split in j, the gradient of x summed    (column-parallel)
+x [t, k] split in t, W [j, k]                  the result is split in t, the gradient of W summed    (data- and context-parallel)
+x [t, k] split in t, W [j, k] split in j       x is gathered, its gradient summed and split          (sequence- into column-parallel)
 """
 
 from __future__ import annotations

@@ -16,9 +16,11 @@ ROWS, WIDTH = "rows", "width"
 
 
 @rule(F.embedding)
-def _embedding(func: Any, input: Tensor, weight: Tensor, padding_idx: int | None = None, max_norm: float | None = None, *args: Any, **kwargs: Any) -> Any:
-    rest = (*args, *kwargs.values())
-    if max_norm is not None or any(isinstance(value, bool) and value for value in rest):  # norms are written in place, counts and sparse gradients are of rows
+def _embedding(
+    func: Any, input: Tensor, weight: Tensor, padding_idx: int | None = None, max_norm: float | None = None, *args: Any, **kwargs: Any
+) -> Any:
+    counts_or_sparse = any(value is True for value in (*args, *kwargs.values()))  # both are of whole rows
+    if max_norm is not None or counts_or_sparse:
         return NO_RULE
     by_row = next((cut for cut in cuts_of(weight) if cut.dim == 0), None)
     if by_row is not None and (by_row.outer != 1 or any(len(runs) != 1 for runs in by_row.runs)):

@@ -21,7 +21,7 @@ def _getitem(func: Any, input: Tensor, index: Any) -> Any:  # noqa: ARG001
         return NO_RULE
     items = _spelled_out(index, input.dim())
     if items is None:
-        return NO_RULE
+        return _picked(input, list(index) if isinstance(index, tuple) else [index])
     dim = 0
     result: Tensor = input
     for item in items:
@@ -40,6 +40,28 @@ def _getitem(func: Any, input: Tensor, index: Any) -> Any:  # noqa: ARG001
     return result
 
 
+def _picked(input: Split, items: list[Any]) -> Any:
+    """Pick by one tensor of indices, or a mask, beside nothing but full slices, where what it picks from is not divided."""
+    places = [place for place, item in enumerate(items) if isinstance(item, Tensor)]
+    rest = [item for item in items if not isinstance(item, Tensor)]
+    if len(places) != 1 or any(item is not Ellipsis and item != slice(None) for item in rest) or isinstance(items[places[0]], Split):
+        return NO_RULE
+    index = items[places[0]]
+    taken = index.dim() if index.dtype in (torch.bool, torch.uint8) else 1
+    dim = places[0]
+    if Ellipsis in items and items.index(Ellipsis) < dim:
+        dim += input.dim() - (len(items) - 1) - taken
+    if any(dim <= cut.dim < dim + taken for cut in input.cuts):
+        return NO_RULE
+    result: Tensor = local_of(input)[(*[slice(None)] * dim, index)]
+    shift = result.dim() - input.dim()
+    cuts = [cut if cut.dim < dim else cut.at(cut.dim + shift) for cut in input.cuts]
+    shape = list(result.shape)
+    for cut in cuts:
+        shape[cut.dim] = cut.length
+    return made(result, shape, cuts, input.terms)
+
+
 @rule(Tensor.__setitem__)
 def _setitem(func: Any, input: Tensor, index: Any, value: Any) -> Any:
     items = _spelled_out(index, input.dim())
@@ -50,7 +72,9 @@ def _setitem(func: Any, input: Tensor, index: Any, value: Any) -> Any:
     for cut in input.cuts:
         item = items[cut.dim]
         if isinstance(item, int) or item.indices(input.shape[cut.dim])[:2] != (0, input.shape[cut.dim]):
-            raise ConfigError(f"an item of a split tensor of {list(input.shape)} is set along the divided dimension {cut.dim}. Make a new tensor of it.")
+            raise ConfigError(
+                f"an item of a split tensor of {list(input.shape)} is set along the divided dimension {cut.dim}. Make a new tensor of it."
+            )
     return func(local_of(input), index, value)
 
 

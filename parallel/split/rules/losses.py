@@ -1,6 +1,6 @@
 """Cross-entropy of logits whose classes are divided: no rank ever has all of a row.
 
-    log sum exp x - x[target], each a sum over ranks; the largest logit comes first, so that nothing overflows
+log sum exp x - x[target], each a sum over ranks; the largest logit comes first, so that nothing overflows
 """
 
 from __future__ import annotations

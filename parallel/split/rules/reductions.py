@@ -55,7 +55,9 @@ def _reduced(func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
     result = func(local_of(input), *args, **kwargs)
     one = result if isinstance(result, Tensor) else result[0]
     keepdim = one.dim() == input.dim()
-    return _finished(result, input, dims, keepdim) if isinstance(result, Tensor) else type(result)([_finished(r, input, dims, keepdim) for r in result])
+    return (
+        _finished(result, input, dims, keepdim) if isinstance(result, Tensor) else type(result)([_finished(r, input, dims, keepdim) for r in result])
+    )
 
 
 @rule(*functions("softmax log_softmax softmin"))

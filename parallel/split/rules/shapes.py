@@ -21,7 +21,7 @@ def reshaped(tensor: Tensor, shape: Sequence[int], why: str) -> Tensor:
     """View a tensor in another shape; over an axis whose cut no new dimension can take up it is gathered."""
     if not isinstance(tensor, Split):
         return tensor.reshape(tuple(shape))
-    cuts = []
+    cuts: list[Cut] = []
     for cut in tensor.cuts:
         found = regroup(cut, tensor.shape, shape)
         if found is None or any(found.dim == other.dim for other in cuts):
@@ -108,11 +108,11 @@ def _permuted(input: Tensor, order: Sequence[int]) -> Any:
     if not isinstance(input, Split):
         return NO_RULE
     cuts = [cut.at(order.index(cut.dim)) for cut in input.cuts]
-    return made(local_of(input).permute(order), [input.shape[dim] for dim in order], cuts, input.terms)
+    return made(local_of(input).permute(*order), [input.shape[dim] for dim in order], cuts, input.terms)
 
 
 @rule(*functions("expand expand_as broadcast_to"))
-def _expand(func: Any, input: Tensor, *shape: Any) -> Any:
+def _expand(func: Any, input: Tensor, *shape: Any) -> Any:  # noqa: ARG001
     if not isinstance(input, Split):
         return NO_RULE
     wanted = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
@@ -135,7 +135,7 @@ def _repeat_interleave(func: Any, input: Tensor, repeats: Any, dim: int | None =
 
 
 @rule(*functions("cat concat concatenate"))
-def _cat(func: Any, tensors: Sequence[Tensor], dim: int = 0, **kwargs: Any) -> Any:
+def _cat(func: Any, tensors: Sequence[Tensor], dim: int = 0, **kwargs: Any) -> Any:  # noqa: ARG001
     if kwargs or not all(isinstance(one, Tensor) for one in tensors):
         return NO_RULE
     tensors = [one for one in tensors if one.shape != (0,)] or tensors  # those count for nothing, whatever the others' dimensions
