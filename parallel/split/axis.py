@@ -10,10 +10,14 @@ __all__ = ["Axis"]
 
 
 class Axis:
-    """One axis of the mesh, `comm`; `gathered` counts, by operation, the tensors that were put together for it."""
+    """One axis of the mesh, `comm`; `gathered` counts, by operation, the tensors that were put together for it.
 
-    def __init__(self, name: str, comm: Communicator) -> None:
+    attention: how queries of one rank see keys of another, "ring" or "ulysses".
+    """
+
+    def __init__(self, name: str, comm: Communicator, attention: str = "ring") -> None:
         self.name = name
+        self.attention = attention
         self.comm = comm
         self.rank = comm.rank
         self.size = comm.size

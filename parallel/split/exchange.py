@@ -7,6 +7,7 @@
     whole      gather                           nothing: a rank takes its own   that is split, and all of which each uses alike
     lend       gather                           sum over ranks, its own         that is split, and which each uses for something of its own
     keep       sum over ranks, its own          gather                          of which each has a term; they end up split
+    turn       all to all: split elsewhere      all to all: as it was           that is split, for what needs all along that dimension
     first      nothing                          nothing but on rank 0           whose gradient is a sum over ranks, which each uses alike
 
 A tensor that all have has the same gradient on all. The names f and g of Megatron-LM (Shoeybi et al., arXiv:1909.08053) are share and total.
@@ -14,6 +15,7 @@ A tensor that all have has the same gradient on all. The names f and g of Megatr
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from ringfold.parallel.split.axis import Axis
 from ringfold.parallel.split.cut import Cut
 from torch import Tensor
 
-__all__ = ["first", "gathered", "highest", "keep", "lend", "part", "share", "total", "whole"]
+__all__ = ["first", "gathered", "highest", "keep", "lend", "part", "share", "total", "turn", "turn_back", "whole"]
 
 
 def share(tensor: Tensor, axis: Axis) -> Tensor:
@@ -48,6 +50,16 @@ def keep(tensor: Tensor, cut: Cut) -> Tensor:
     return _Keep.apply(tensor, cut)  # type: ignore[no-any-return]
 
 
+def turn(tensor: Tensor, cut: Cut, dim: int) -> Tensor:
+    """Return all along the cut's dimension of this rank's share of `dim`, which the ranks divide."""
+    return _Turn.apply(tensor, cut, dim)  # type: ignore[no-any-return]
+
+
+def turn_back(tensor: Tensor, cut: Cut, dim: int) -> Tensor:
+    """Undo `turn`."""
+    return _TurnBack.apply(tensor, cut, dim)  # type: ignore[no-any-return]
+
+
 def first(tensor: Tensor, axis: Axis) -> Tensor:
     return _First.apply(tensor, axis) if tensor.requires_grad else tensor  # type: ignore[no-any-return]
 
@@ -68,6 +80,29 @@ def gathered(tensor: Tensor, cut: Cut) -> Tensor:
     flat = tensor.new_empty(sum(sizes))
     cut.axis.comm.all_gather(flat, tensor.contiguous().view(-1), counts=sizes)
     return cut.join([values.view(shape) for values, shape in zip(flat.split(sizes), shapes, strict=True)])
+
+
+def _turned(tensor: Tensor, cut: Cut, dim: int) -> Tensor:
+    blocks = [block.reshape(-1) for block in tensor.chunk(cut.axis.size, dim)]
+    shapes = [list(tensor.shape) for _ in blocks]
+    for shape, length in zip(shapes, cut.lengths, strict=True):
+        shape[dim] //= cut.axis.size
+        shape[cut.dim] = cut.outer * length
+    received = _all_to_all(blocks, [math.prod(shape) for shape in shapes], cut)
+    return cut.join([values.view(shape) for values, shape in zip(received, shapes, strict=True)])
+
+
+def _turned_back(tensor: Tensor, cut: Cut, dim: int) -> Tensor:
+    parts = [cut.take(tensor, rank) for rank in range(cut.axis.size)]
+    mine = parts[cut.axis.rank].shape
+    received = _all_to_all([values.reshape(-1) for values in parts], [mine.numel()] * cut.axis.size, cut)
+    return torch.cat([values.view(mine) for values in received], dim)
+
+
+def _all_to_all(sent: list[Tensor], counts: list[int], cut: Cut) -> list[Tensor]:
+    received = sent[0].new_empty(sum(counts))
+    cut.axis.comm.all_to_all(received, torch.cat(sent), input_counts=[values.numel() for values in sent], output_counts=counts)
+    return list(received.split(counts))
 
 
 def _sum(tensor: Tensor, axis: Axis) -> Tensor:
@@ -150,6 +185,28 @@ class _Keep(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return gathered(grad, ctx.cut), None
+
+
+class _Turn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, cut: Cut, dim: int) -> Tensor:
+        ctx.cut, ctx.dim = cut, dim
+        return _turned(tensor, cut, dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return _turned_back(grad, ctx.cut, ctx.dim), None, None
+
+
+class _TurnBack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, cut: Cut, dim: int) -> Tensor:
+        ctx.cut, ctx.dim = cut, dim
+        return _turned_back(tensor, cut, dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return _turned(grad, ctx.cut, ctx.dim), None, None
 
 
 class _First(torch.autograd.Function):

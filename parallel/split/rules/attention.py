@@ -1,4 +1,4 @@
-"""Attention: by heads, which know nothing of each other."""
+"""Attention: by heads, which know nothing of each other; and of divided sequences, which do (parallel/context)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from ringfold.parallel.context.attention import Options, over_tokens
+from ringfold.parallel.split.cut import Cut
 from ringfold.parallel.split.rules.agreement import agree, labels_of
 from ringfold.parallel.split.rules.randomness import drawn_apart
 from ringfold.parallel.split.tensor import NO_RULE, cuts_of, made, rule
@@ -14,6 +16,7 @@ from torch import Tensor
 __all__: list[str] = []
 
 QUERY, KEY, INNER, WIDTH = "query", "key", "inner", "width"
+ROWS, COLUMNS = "rows of the mask", "columns of the mask"
 
 
 @rule(F.scaled_dot_product_attention)
@@ -32,19 +35,38 @@ def _attention(
         times = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(times, -3), value.repeat_interleave(times, -3)
     batch = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
-    operands = [value, key, query] if attn_mask is None else [attn_mask, value, key, query]  # the query's division is the one that stays
-    ends = [*([] if attn_mask is None else [[QUERY, KEY]]), [KEY, WIDTH], [KEY, INNER], [QUERY, INNER]]
+    tokens = _divided_tokens(query, key, value)
+    keys = KEY if tokens is None else QUERY  # one label: divided alike
+    operands = [*([] if attn_mask is None else [attn_mask]), value, key, query]  # the query's division is the one that stays
+    ends = [*([] if attn_mask is None else [_of_mask(attn_mask)]), [keys, WIDTH], [keys, INNER], [QUERY, INNER]]
     labels = [[*labels_of(one.shape[:-2], batch), *end] for one, end in zip(operands, ends, strict=True)]
-    if attn_mask is not None:
-        labels[0] = [label if label not in (QUERY, KEY) or length > 1 else None for label, length in zip(labels[0], attn_mask.shape, strict=True)]
-    if any(own[cut.dim] in (QUERY, KEY, INNER, WIDTH) for one, own in zip(operands, labels, strict=True) for cut in cuts_of(one)):
+    along = {QUERY, KEY, INNER, WIDTH, ROWS, COLUMNS}
+    if any(own[cut.dim] in along for one, own in zip(operands, labels, strict=True) for cut in _cuts(one, tokens)):
         return NO_RULE
     found = agree(operands, labels, "scaled_dot_product_attention")
     *mask, v, k, q = found.locals
     cuts = found.cuts([*range(len(batch)), QUERY, WIDTH])
+    options = Options(mask[0] if mask else None, dropout_p, is_causal, scale)
     with drawn_apart(cuts if dropout_p else (), q.device):
-        result = func(q, k, v, mask[0] if mask else None, dropout_p, is_causal, scale=scale)
+        result = options.call(func, q, k, v) if tokens is None else over_tokens(func, q, k, v, tokens, options)
     return made(result, (*batch, query.shape[-2], value.shape[-1]), cuts, found.terms)
+
+
+def _divided_tokens(*operands: Tensor) -> Cut | None:
+    """Return how queries, keys and values are all divided along the sequence, or None if they are not, or not alike."""
+    found = [[cut for cut in cuts_of(one) if cut.dim == one.dim() - 2] for one in operands]
+    if not all(found):
+        return None
+    first = found[0][0]
+    return first if all(cuts[0].matches(first) for cuts in found) else None
+
+
+def _cuts(operand: Tensor, tokens: Cut | None) -> list[Cut]:
+    return [cut for cut in cuts_of(operand) if tokens is None or cut.axis is not tokens.axis]
+
+
+def _of_mask(mask: Tensor) -> list[object]:
+    return [label if length > 1 else None for label, length in zip((ROWS, COLUMNS), mask.shape[-2:], strict=True)]
 
 
 @rule(F.multi_head_attention_forward)
