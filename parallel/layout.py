@@ -20,7 +20,7 @@ from ringfold.collectives.errors import LayoutError, nearest
 
 # The one list of what runs today. A layout that needs anything else is refused by `require_built`.
 BUILT = frozenset(
-    {"dp", "tp", "micro", "fp32", "bf16", "fp16", "fp64", "fp8", "recompute", "exact", "zero1", "zero2", "zero3", "zero group", "offload"}
+    {"dp", "tp", "cp", "micro", "fp32", "bf16", "fp16", "fp64", "fp8", "recompute", "exact", "zero1", "zero2", "zero3", "zero group", "offload"}
 )
 
 AXES = ("pp", "dp", "cp", "tp")  # slowest to fastest over ranks

@@ -36,7 +36,6 @@ from ringfold.parallel.recompute.recomputation import Recomputation
 from ringfold.parallel.reducer import GradientReducer
 from ringfold.parallel.sparse import sparse_parameter_names
 from ringfold.parallel.tensor.plan import Plan
-from ringfold.parallel.tensor.tensor_parallel import TensorParallel
 from ringfold.parallel.traffic import Traffic
 from ringfold.parallel.zero.sharding import Sharding
 from ringfold.runtime import checkpoint, memory
@@ -44,6 +43,7 @@ from ringfold.runtime.activations import activations_nbytes
 from ringfold.runtime.batch import Batch
 from ringfold.runtime.construction import construct
 from ringfold.runtime.data import ShardedData, shard
+from ringfold.runtime.division import Division
 from ringfold.runtime.evaluation import Metric, evaluate, gather_rows
 from ringfold.runtime.exact import ShardRandom, require_no_batch_norm
 from ringfold.runtime.explanation import Explanation, ParameterUse, uses_of_parameters
@@ -110,8 +110,8 @@ class Engine:
         self._metrics = dict(metrics or {})
         built = construct(model, mesh.world, mesh.device, precision, in_shards=mesh.layout.zero == 3 and mesh.layout.tp == 1)
         self.module = built.module
-        mesh.layout.resolve(mesh.size, self.module)
-        self._tensor = TensorParallel(self.module, mesh["tp"], plan) if mesh.layout.tp > 1 else None
+        self._division = Division(self.module, mesh, plan)
+        self._replicas = mesh["dp", "cp"]  # the ranks that have the same part of the model
         if self._exact is not None:
             require_no_batch_norm(self.module)
         elif sync_batch_norm:
@@ -119,12 +119,11 @@ class Engine:
         self._casting = Casting(self.module, precision.compute, keep_float32) if precision.compute else None
         self._linears: QuantisedLinears | None = None
         if self._casting is not None and precision.quantises:
-            self._linears = QuantisedLinears(self.module, find_blocks(self.module, blocks), self._casting, self._comm, fp8 or Fp8(), mesh.device)
+            self._linears = QuantisedLinears(self.module, find_blocks(self.module, blocks), self._casting, self._replicas, fp8 or Fp8(), mesh.device)
         self._random = ShardRandom(self._comm.broadcast_object(torch.initial_seed()), mesh.device) if self._exact is not None else None
         offload = HostOffload.of_gpu(mesh.device) if offload_activations else None
         self.recomputation = Recomputation(self.module, mesh.layout, mesh.world, blocks=blocks, offload=offload)
-        if self._tensor is not None:
-            self.recomputation.around = self._tensor.running
+        self.recomputation.around = self._division.running
         self._sharding = self._sharded(built.deferred, bucket_mb, blocks, reduce_dtype)
         self._reducer: GradientReducer[Any]
         if self._sharding is not None:
@@ -132,17 +131,17 @@ class Engine:
             self._reducer = self._sharding.gradients
         else:
             self._reducer = GradientBuckets(
-                self.module.named_parameters(), self._comm, averaged=False, bucket_mb=bucket_mb, sparse=sparse_parameter_names(self.module)
+                self.module.named_parameters(), self._replicas, averaged=False, bucket_mb=bucket_mb, sparse=sparse_parameter_names(self.module)
             )
         self._how_built = built.how
-        self._state = ModelState(self.module, self._sharding, self._tensor, mesh.rank)
+        self._state = ModelState(self.module, self._sharding, self._division, mesh.rank)
         self.optimizer = make_optimizer(optimizer, self.module)
         if self._sharding is not None:
             self._sharding.cut(self.optimizer)
         scaler = LossScaler() if precision.scales_loss else None
         is_exact = self._exact is not None
         self._update = Update(
-            self.module, self._comm, self.optimizer, self._sharding, self._tensor, clip_norm=clip_norm, scaler=scaler, is_exact=is_exact
+            self.module, self._replicas, self.optimizer, self._sharding, self._division.tensor, clip_norm=clip_norm, scaler=scaler, is_exact=is_exact
         )
         self.scheduler = None if scheduler is None else make_scheduler(scheduler, self.optimizer)
         # Synchronised statistics, and the gathering of blocks, are collectives inside the model: a rank without rows then has to call it too.
@@ -172,7 +171,7 @@ class Engine:
             return None
         return Sharding(
             self.module,
-            self._comm,
+            self._replicas,
             layout.zero or 2,
             averaged=False,
             group_size=layout.zero_group if layout.zero else 1,
@@ -204,7 +203,7 @@ class Engine:
         except (RuntimeError, MemoryError, OSError) as error:
             if not memory.is_out_of_memory(error):
                 raise
-            shares = self._comm.size if self._sharding is None else self._sharding.group_size
+            shares = self._replicas.size if self._sharding is None else self._sharding.group_size
             raise memory.out_of_memory(error, f"train step {self.step + 1}", self.memory(), self._uses(), self.mesh.layout, shares) from error
         self.seconds = time.perf_counter() - began
         self.communication_share = (self.mesh.seconds_waited - waited) / self.seconds
@@ -300,9 +299,9 @@ class Engine:
         The state that an optimizer keeps is known after the first step where nothing is sharded.
         """
         traffic = self._reducer.traffic() if self._sharding is None else self._sharding.traffic(self._micro)
-        if self._linears is not None and self._linears.scales.sent_nbytes and self._comm.size > 1:
-            traffic.append(Traffic("amaxes of fp8", "all_reduce", 1, self._linears.scales.sent_nbytes, self._comm.size))
-        shares, uses = self._comm.size if self._sharding is None else self._sharding.group_size, self._uses()
+        if self._linears is not None and self._linears.scales.sent_nbytes and self._replicas.size > 1:
+            traffic.append(Traffic("amaxes of fp8", "all_reduce", 1, self._linears.scales.sent_nbytes, self._replicas.size))
+        shares, uses = self._replicas.size if self._sharding is None else self._sharding.group_size, self._uses()
         layout = replace(self.mesh.layout, zero=self.mesh.layout.zero or (0 if self._sharding is None else 2))
         predicted = memory.predict(uses, layout, shares)
         recomputation = self.recomputation.explain()
@@ -382,8 +381,7 @@ class Engine:
         if self._sharding is not None:
             self._sharding.close()
         self.recomputation.close()
-        if self._tensor is not None:
-            self._tensor.close()
+        self._division.close()
         if self._linears is not None:
             self._linears.close()
         if self._casting is not None:

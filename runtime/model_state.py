@@ -17,21 +17,22 @@ from typing import Any
 
 import torch
 from ringfold.collectives.errors import ConfigError
-from ringfold.parallel.tensor.tensor_parallel import TensorParallel
 from ringfold.parallel.zero.sharding import Sharding
 from ringfold.runtime import checkpoint
+from ringfold.runtime.division import Division
 from torch import Tensor, nn
 
 __all__ = ["ModelState"]
 
 
 class ModelState:
-    """The state of `module` on rank `rank`; `sharding` and `tensor` are None where every rank holds all of it. Methods are collective."""
+    """The state of `module` on rank `rank`; `sharding` is None where every rank holds all of its part. Methods are collective."""
 
-    def __init__(self, module: nn.Module, sharding: Sharding | None, tensor: TensorParallel | None, rank: int) -> None:
+    def __init__(self, module: nn.Module, sharding: Sharding | None, division: Division, rank: int) -> None:
         self._module = module
         self._sharding = sharding
-        self._tensor = tensor
+        self._division = division
+        self._tensor = division.tensor
         self._rank = rank
         self.shards_parameters = sharding is not None and sharding.stage == 3
         self._has_masters = sharding is not None and sharding.has_masters
@@ -41,9 +42,9 @@ class ModelState:
     def everything(self, write: bool = False) -> Iterator[None]:
         """Return a context in which the module has all its parameters; with `write` what is changed inside stays."""
         with ExitStack() as stack:
-            for each in (self._sharding, self._tensor):  # a part is whole before it can be put together with others
-                if each is not None:
-                    stack.enter_context(each.everything(write))
+            if self._sharding is not None:  # a part is whole before it can be put together with others
+                stack.enter_context(self._sharding.everything(write))
+            stack.enter_context(self._division.everything(write))
             yield
 
     def grad(self, name: str) -> Tensor | None:

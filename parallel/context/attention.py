@@ -1,8 +1,8 @@
 """Attention of a sequence that is divided among ranks: around a ring, by turning heads into sequence and back, or on gathered keys.
 
-    ring        keys and values go round: nobody holds all of them at once. Without dropout
-    ulysses     all to all, so that each rank has some heads of the whole sequence (Jacobs et al., arXiv:2309.14509); the ranks divide the heads
-    gathered    every rank has all keys and values of its batch for a while: whatever the other two do not do
+ring        keys and values go round: nobody holds all of them at once. Without dropout
+ulysses     all to all, so that each rank has some heads of the whole sequence (Jacobs et al., arXiv:2309.14509); the ranks divide the heads
+gathered    every rank has all keys and values of its batch for a while: whatever the other two do not do
 """
 
 from __future__ import annotations

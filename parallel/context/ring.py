@@ -42,9 +42,7 @@ def ring_attention(query: Tensor, key: Tensor, value: Tensor, cut: Cut, mask: Te
 
 class _RingAttention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, cut: Cut, mask: Tensor | None, is_causal: bool, scale: float
-    ) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, cut: Cut, mask: Tensor | None, is_causal: bool, scale: float) -> Tensor:
         meetings = _Meetings(cut, mask, is_causal)
         parts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in meetings.queries]
         for source, (keys, values) in _round(cut.axis, cut, (key, value)):

@@ -1,8 +1,8 @@
 """TensorParallel: a model of which each rank of the axis "tp" has a part of the large parameters (Shoeybi et al., arXiv:1909.08053).
 
-The model's code is not changed. While it runs, the parameters that are divided are `Split` tensors, which have the shape of the whole; what its
-functions make of them, and what ranks tell each other for that, follows from rules (parallel/split). Between runs they are ordinary parameters
-with this rank's part in them, which is what optimizers, ZeRO and the reduction of gradients over "dp" see. A parameter that is not divided has
+The model's code is not changed. While it runs, the parameters that are divided are `Split` tensors (StandIns), which have the shape of the whole;
+what its functions make of them, and what ranks tell each other for that, follows from rules (parallel/split). Between runs they are ordinary
+parameters with this rank's part in them, which is what optimizers, ZeRO and the reduction of gradients over "dp" see. A parameter that is not divided has
 the same values and the same gradient on all ranks of the axis.
 """
 
@@ -11,16 +11,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from ringfold.collectives.communicator import Communicator
 from ringfold.collectives.errors import ConfigError
 from ringfold.parallel.placement import Placement, Shard
-from ringfold.parallel.split import exchange, rules  # noqa: F401  rules: importing them makes them known
+from ringfold.parallel.split import exchange
 from ringfold.parallel.split.axis import Axis
 from ringfold.parallel.split.cut import Cut
-from ringfold.parallel.split.tensor import Split
+from ringfold.parallel.split.stand_ins import Divided
 from ringfold.parallel.tensor.plan import Plan, choose_plan, shards_of
 from torch import Tensor, nn
 
@@ -29,14 +28,13 @@ __all__ = ["TensorParallel"]
 
 @dataclass(frozen=True)
 class _Divided:
-    """A parameter that is divided, and everywhere that modules have it."""
+    """A parameter that is divided."""
 
     name: str
     parameter: nn.Parameter
     shape: torch.Size
     shard: Shard
     cut: Cut
-    places: tuple[tuple[nn.Module, str], ...]
 
 
 class TensorParallel:
@@ -49,7 +47,6 @@ class TensorParallel:
     def __init__(self, module: nn.Module, comm: Communicator, plan: Plan | None = None) -> None:
         self.axis = Axis("tp", comm)
         self.plan = choose_plan(module, comm.size, plan)
-        self._running = 0
         self._divided = self._divide(module)
         if not self._divided:
             raise ConfigError(
@@ -57,12 +54,11 @@ class TensorParallel:
                 'Engine(plan={"blocks.*.q": "column", "blocks.*.out": "row"}).'
             )
         self._by_parameter = {id(each.parameter): each for each in self._divided}
-        self._runs: list[contextlib.AbstractContextManager[None]] = []
-        draw_alike(comm, next(iter(self._divided)).parameter.device)
-        self._hooks = [
-            module.register_forward_pre_hook(self._before, prepend=True),
-            module.register_forward_hook(self._after, always_call=True),
-        ]
+
+    @property
+    def divided(self) -> Divided:
+        """The shape of the whole and the cut of each parameter that is divided."""
+        return {each.parameter: (each.shape, each.cut) for each in self._divided}
 
     def is_divided(self, parameter: nn.Parameter) -> bool:
         return id(parameter) in self._by_parameter
@@ -93,58 +89,20 @@ class TensorParallel:
         kept = [(each, each.parameter.data) for each in self._divided]
         for each, local in kept:
             each.parameter.data = self.whole(each.parameter, local)
-        self._running += 1  # a model that is whole runs as it is
         try:
             yield
         finally:
-            self._running -= 1
             for each, local in kept:
                 if write:
                     local.copy_(each.cut.take(each.parameter.data))
                 each.parameter.data = local
 
-    @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
-        """Have split tensors in the place of divided parameters inside."""
-        self._running += 1
-        if self._running == 1:
-            for each in self._divided:
-                split = Split(each.parameter, each.shape, (each.cut,), frozenset())
-                for owner, name in each.places:
-                    owner._parameters[name] = split  # type: ignore[assignment]
-        try:
-            yield
-        finally:
-            self._running -= 1
-            if self._running == 0:
-                for each in self._divided:
-                    for owner, name in each.places:
-                        owner._parameters[name] = each.parameter
-
-    def close(self) -> None:
-        """Leave the model to itself; its parameters stay parts."""
-        for hook in self._hooks:
-            hook.remove()
-
-    def _before(self, *_: Any) -> None:
-        run = self.running()
-        run.__enter__()
-        self._runs.append(run)
-
-    def _after(self, *_: Any) -> None:
-        if self._runs:
-            self._runs.pop().__exit__(None, None, None)
-
     def _divide(self, module: nn.Module) -> list[_Divided]:
-        places: dict[int, list[tuple[nn.Module, str]]] = {}
         shards: dict[int, tuple[str, Shard]] = {}
         names = {id(parameter): name for name, parameter in module.named_parameters()}
         parameters = {id(parameter): parameter for parameter in module.parameters()}
         problems = []
         for prefix, part in module.named_modules():
-            for name, parameter in part._parameters.items():
-                if parameter is not None:
-                    places.setdefault(id(parameter), []).append((part, name))
             if prefix in self.plan:
                 for name, shard in shards_of(prefix, part, self.plan[prefix]).items():
                     parameter, full = part.get_parameter(name), f"{prefix}.{name}" if prefix else name
@@ -160,15 +118,8 @@ class TensorParallel:
             parameter = parameters[key]
             shape, cut = parameter.shape, _cut(self.axis, parameter.shape[shard.dim], shard)
             parameter.data = cut.take(parameter.detach()).contiguous().clone()
-            found.append(_Divided(names[key], parameter, shape, shard, cut, tuple(places[key])))
+            found.append(_Divided(names[key], parameter, shape, shard, cut))
         return found
-
-
-def draw_alike(comm: Communicator, device: torch.device) -> None:
-    """Let the ranks draw the same random numbers from now on, those that rank 0 would have drawn; collective."""
-    torch.set_rng_state(comm.broadcast_object(torch.get_rng_state()))
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(comm.broadcast_object(torch.cuda.get_rng_state(device)), device)
 
 
 def _cut(axis: Axis, length: int, shard: Shard) -> Cut:

@@ -104,7 +104,7 @@ def train(world: Communicator, name: str, layout: str) -> dict[str, Any]:
             found["grads"].append({key: engine.grad(key) for key, _ in engine.module.named_parameters()})
         with engine.whole_parameters():
             weights = {key: value.clone() for key, value in engine.module.state_dict().items()}
-    gathered = {} if engine._tensor is None else dict(engine._tensor.axis.gathered)
+    gathered = {} if engine._division.tensor is None else dict(engine._division.tensor.axis.gathered)
     return found | {"weights": weights, "gathered": gathered}
 
 

@@ -156,7 +156,7 @@ def train_and_count(world: Communicator, model: str, layout: str, micro: int = 1
         found = train(world, micro, loss, CLIP_NORM, layout, MODELS[model])
     finally:
         Engine.__init__ = init  # type: ignore[method-assign]
-    tensor = engines[0]._tensor
+    tensor = engines[0]._division.tensor
     return found | {"gathered": {} if tensor is None else dict(tensor.axis.gathered)}
 
 
@@ -299,7 +299,7 @@ def own_plan(world: Communicator) -> tuple[list[str], float, float]:
     engine = make_engine(world, "tp2", writer, loss=loss, plan=plan)
     with engine.whole_parameters(), torch.no_grad():
         total, count = loss(engine.module(batch[0]), batch[1])
-    return sorted(engine._tensor.placements()), float(total / count), engine.train_step(mine(batch, 0, 1))
+    return sorted(engine._division.tensor.placements()), float(total / count), engine.train_step(mine(batch, 0, 1))
 
 
 def test_only_what_a_plan_names_is_divided() -> None:

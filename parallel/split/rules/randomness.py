@@ -11,12 +11,20 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from ringfold.collectives.communicator import Communicator
 from ringfold.parallel.split.cut import Cut
 from ringfold.parallel.split.rules.pointwise import functions
 from ringfold.parallel.split.tensor import NO_RULE, Split, local_of, made, rule
 from torch import Tensor
 
-__all__ = ["drawn_apart"]
+__all__ = ["draw_alike", "drawn_apart"]
+
+
+def draw_alike(comm: Communicator, device: torch.device) -> None:
+    """Let the ranks draw the same random numbers from now on, those that rank 0 would have drawn; collective."""
+    torch.set_rng_state(comm.broadcast_object(torch.get_rng_state()))
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(comm.broadcast_object(torch.cuda.get_rng_state(device)), device)
 
 
 @contextlib.contextmanager

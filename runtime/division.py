@@ -1,0 +1,60 @@
+"""Division: how a model's own work is divided among ranks: its parameters over "tp", the sequences it is given over "cp".
+
+What is divided runs as split tensors (parallel/split); ranks that share a part of the parameters, those of "dp" and "cp", sum their gradients.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from ringfold.parallel.context.context_parallel import ContextParallel
+from ringfold.parallel.mesh import DeviceMesh
+from ringfold.parallel.split.axis import Axis
+from ringfold.parallel.split.rules.randomness import draw_alike
+from ringfold.parallel.split.stand_ins import StandIns
+from ringfold.parallel.tensor.plan import Plan
+from ringfold.parallel.tensor.tensor_parallel import TensorParallel
+from torch import nn
+
+__all__ = ["Division"]
+
+
+class Division:
+    """Divide `module`, whole and alike on all ranks of the mesh, as its layout says; nothing is changed where that has neither tp nor cp.
+
+    Raises: ConfigError, LayoutError: the model or the plan does not allow it.
+    """
+
+    def __init__(self, module: nn.Module, mesh: DeviceMesh, plan: Plan | None) -> None:
+        layout = mesh.layout
+        layout.resolve(mesh.size, module)
+        self.tensor = TensorParallel(module, mesh["tp"], plan) if layout.tp > 1 else None
+        self.context = ContextParallel(mesh["cp"], layout.cp_algorithm) if layout.cp > 1 else None
+        self._stand_ins: StandIns | None = None
+        if self.tensor is not None or self.context is not None:
+            draw_alike(mesh["cp", "tp"], mesh.device)
+            divided = {} if self.tensor is None else self.tensor.divided
+            terms, inputs = (frozenset[Axis](), None) if self.context is None else (frozenset([self.context.axis]), self.context.divide)
+            self._stand_ins = StandIns(module, divided, terms, inputs)
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Let parts of the model run inside as the whole does."""
+        with contextlib.nullcontext() if self._stand_ins is None else self._stand_ins.running():
+            yield
+
+    @contextlib.contextmanager
+    def everything(self, write: bool = False) -> Iterator[None]:
+        """Have whole parameters in the model inside, which then runs as it is; with `write` what is changed there stays. Collective."""
+        with contextlib.ExitStack() as stack:
+            if self._stand_ins is not None:
+                stack.enter_context(self._stand_ins.absent())
+            if self.tensor is not None:
+                stack.enter_context(self.tensor.everything(write))
+            yield
+
+    def close(self) -> None:
+        """Let the model run as it is; its parameters stay parts."""
+        if self._stand_ins is not None:
+            self._stand_ins.close()
