@@ -41,8 +41,7 @@ def over_tokens(function: Attention, query: Tensor, key: Tensor, value: Tensor, 
     function: scaled_dot_product_attention. The mask is that of the whole, broadcast as there.
     """
     if query.dim() == 3:
-        with_heads = [each.unsqueeze(0) for each in (query, key, value)]
-        return over_tokens(function, *with_heads, cut, options).squeeze(0)
+        return over_tokens(function, query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0), cut, options).squeeze(0)
     if query.dim() != 4:
         return _gathered(function, query, key, value, cut.at(query.dim() - 2), options)
     cut = cut.at(TOKENS)
@@ -77,8 +76,5 @@ def _gathered(function: Attention, query: Tensor, key: Tensor, value: Tensor, cu
     if options.is_causal:
         places = torch.arange(cut.length, device=query.device)
         seen = cut.at(0).take(places)[:, None] >= places
-        if mask is None:
-            mask = seen
-        else:
-            mask = mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, float("-inf"))
+        mask = seen if mask is None else mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, float("-inf"))
     return replace(options, mask=mask, is_causal=False).call(function, query, key, value)

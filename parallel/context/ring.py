@@ -69,10 +69,8 @@ class _RingAttention(torch.autograd.Function):
                 travelling = (torch.zeros_like(keys), torch.zeros_like(values))
             of_keys, of_values = travelling
             for _, queries, seen, of_mask, diagonal in ctx.meetings.with_keys_of(source):
-                mine = [each[:, :, queries] for each in (grad, query)]
-                found = attend_backward(
-                    *mine, keys[:, :, seen], values[:, :, seen], out[:, :, queries], lse[:, :, queries], of_mask, diagonal, ctx.scale
-                )
+                of_run = out[:, :, queries], lse[:, :, queries], of_mask, diagonal, ctx.scale
+                found = attend_backward(grad[:, :, queries], query[:, :, queries], keys[:, :, seen], values[:, :, seen], *of_run)
                 of_query[:, :, queries] += found[0]
                 of_keys[:, :, seen] += found[1]
                 of_values[:, :, seen] += found[2]

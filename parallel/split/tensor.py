@@ -142,6 +142,7 @@ def without_terms(tensor: Tensor, axes: Iterable[Axis] | None = None) -> Tensor:
     return made(local, tensor.shape, tensor.cuts, left)
 
 
+ALONE = 2  # the tensor, and the object that is asked
 IN_PLACE = {
     f"__i{name}__" for name in ["add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift", "matmul"]
 } | {"__setitem__"}
@@ -149,10 +150,24 @@ IN_PLACE = {
 
 def _on_the_whole(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     name = getattr(func, "__name__", str(func))
-    if (name in IN_PLACE or (name.endswith("_") and not name.endswith("__"))) and args and isinstance(args[0], Split):
-        raise ConfigError(
-            f"{name} changes a tensor of {list(args[0].shape)} in place, which is split over ranks, and no rule says how. "
-            "Make a new tensor of it, or keep the module whole, with a plan that does not name it."
-        )
+    changed = args[0] if args and (name in IN_PLACE or (name.endswith("_") and not name.endswith("__"))) else None
+    if isinstance(changed, Split):
+        return _changed_on_the_whole(name, func, changed, args[1:], kwargs)
     args, kwargs = tree_map(lambda value: gathered(value, name) if isinstance(value, Split) else value, (args, kwargs))
     return func(*args, **kwargs)
+
+
+def _changed_on_the_whole(name: str, func: Any, target: Split, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Change a copy of the whole, and let the tensor be its part of that: right as long as nobody else looks at the same memory."""
+    if torch._C._storage_Use_Count(target.local.untyped_storage()._cdata) > ALONE:
+        raise ConfigError(
+            f"{name} changes a tensor of {list(target.shape)} in place, which is split over ranks and has views, and no rule says how. "
+            "Make a new tensor of it, or keep the module whole, with a plan that does not name it."
+        )
+    whole = gathered(target, name).clone()
+    rest, kwargs = tree_map(lambda value: gathered(value, name) if isinstance(value, Split) else value, (rest, kwargs))
+    func(whole, *rest, **kwargs)
+    for cut in target.cuts:
+        whole = exchange.part(whole, cut)
+    target.local, target.terms = whole.clone(), frozenset()  # alone in its memory
+    return made(target.local, target.shape, target.cuts)

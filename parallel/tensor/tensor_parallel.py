@@ -1,9 +1,9 @@
 """TensorParallel: a model of which each rank of the axis "tp" has a part of the large parameters (Shoeybi et al., arXiv:1909.08053).
 
-The model's code is not changed. While it runs, the parameters that are divided are `Split` tensors (StandIns), which have the shape of the whole;
-what its functions make of them, and what ranks tell each other for that, follows from rules (parallel/split). Between runs they are ordinary
-parameters with this rank's part in them, which is what optimizers, ZeRO and the reduction of gradients over "dp" see. A parameter that is not divided has
-the same values and the same gradient on all ranks of the axis.
+The model's code is not changed. While it runs, the parameters that are divided are `Split` tensors, which have the shape of the whole; what its
+functions make of them, and what ranks tell each other for that, follows from rules (parallel/split). Between runs they are ordinary parameters
+with this rank's part in them, which is what optimizers, ZeRO and the reduction of gradients over "dp" see. A parameter that is not divided
+has the same values and the same gradient on all ranks of the axis.
 """
 
 from __future__ import annotations

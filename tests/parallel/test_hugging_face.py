@@ -104,11 +104,12 @@ def train(world: Communicator, name: str, layout: str) -> dict[str, Any]:
             found["grads"].append({key: engine.grad(key) for key, _ in engine.module.named_parameters()})
         with engine.whole_parameters():
             weights = {key: value.clone() for key, value in engine.module.state_dict().items()}
-    gathered = {} if engine._division.tensor is None else dict(engine._division.tensor.axis.gathered)
+    divided = engine._division
+    gathered = {} if divided.tensor is None or divided.context is not None else dict(divided.tensor.axis.gathered)
     return found | {"weights": weights, "gathered": gathered}
 
 
-@pytest.mark.parametrize(("size", "layout"), [(2, "tp2"), (4, "dp2 tp2 zero3")])
+@pytest.mark.parametrize(("size", "layout"), [(2, "tp2"), (2, "cp2"), (2, "cp2:ulysses"), (4, "tp2 cp2"), (4, "dp2 tp2 zero3")])
 @pytest.mark.parametrize("name", MODELS)
 def test_layouts_have_the_numbers_of_one_process(name: str, size: int, layout: str) -> None:
     expected = plain_training(name)

@@ -91,6 +91,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "[..., ids of two dims, :]": lambda: (lambda a: a[..., torch.tensor([[0, 1], [3, 3], [5, 2]]), :], [real(4, 6, 3)]),
     "[ids of none]": lambda: (lambda a: a[torch.tensor(1)], [real(4, 6, 3)]),
     "item set": lambda: (item_set, [real(4, 6)]),
+    "index_add_": lambda: (items_added, [real(6, 4), real(3, 4)]),
     "sum": lambda: (torch.sum, [real(4, 6)]),
     "sum of a dim": lambda: (lambda a: a.sum(1), [real(4, 6, 3)]),
     "mean": lambda: (lambda a: a.mean((0, 2), keepdim=True), [real(4, 6, 3)]),
@@ -171,9 +172,16 @@ def add_in_place(a: Tensor, b: Tensor) -> Tensor:
 
 
 def item_set(a: Tensor) -> Tensor:
-    a = gathered(a, "asked for") * 1.0 if isinstance(a, Split) else a * 1.0
+    a = a * 1.0
     a[:, 2:4] = 0.0
     return a
+
+
+def items_added(a: Tensor, b: Tensor) -> Tensor:
+    found = torch.zeros_like(a)
+    for k in range(2):
+        found.index_add_(0, torch.tensor([5, k, 0]), b)
+    return found * a
 
 
 def multi_head(x: Tensor, w: Tensor, b: Tensor, out_w: Tensor, out_b: Tensor) -> Tensor:

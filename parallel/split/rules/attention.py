@@ -38,7 +38,7 @@ def _attention(
     tokens = _divided_tokens(query, key, value)
     keys = KEY if tokens is None else QUERY  # one label: divided alike
     operands = [*([] if attn_mask is None else [attn_mask]), value, key, query]  # the query's division is the one that stays
-    ends = [*([] if attn_mask is None else [_of_mask(attn_mask)]), [keys, WIDTH], [keys, INNER], [QUERY, INNER]]
+    ends: list[list[object]] = [*([] if attn_mask is None else [_of_mask(attn_mask)]), [keys, WIDTH], [keys, INNER], [QUERY, INNER]]
     labels = [[*labels_of(one.shape[:-2], batch), *end] for one, end in zip(operands, ends, strict=True)]
     along = {QUERY, KEY, INNER, WIDTH, ROWS, COLUMNS}
     if any(own[cut.dim] in along for one, own in zip(operands, labels, strict=True) for cut in _cuts(one, tokens)):
@@ -66,7 +66,8 @@ def _cuts(operand: Tensor, tokens: Cut | None) -> list[Cut]:
 
 
 def _of_mask(mask: Tensor) -> list[object]:
-    return [label if length > 1 else None for label, length in zip((ROWS, COLUMNS), mask.shape[-2:], strict=True)]
+    lengths = mask.shape[-2:]
+    return [label if length > 1 else None for label, length in zip((ROWS, COLUMNS), lengths, strict=True)]
 
 
 @rule(F.multi_head_attention_forward)

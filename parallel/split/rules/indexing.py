@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from ringfold.collectives.errors import ConfigError
 from ringfold.parallel.split.rules.pointwise import functions
 from ringfold.parallel.split.rules.shapes import ranged, selected
 from ringfold.parallel.split.tensor import NO_RULE, Split, local_of, made, rule
@@ -66,15 +65,11 @@ def _picked(input: Split, items: list[Any]) -> Any:
 def _setitem(func: Any, input: Tensor, index: Any, value: Any) -> Any:
     items = _spelled_out(index, input.dim())
     if not isinstance(input, Split) or items is None or None in items or isinstance(value, Split) or input.terms:
-        if isinstance(input, Split):
-            raise ConfigError(f"an item of a split tensor of {list(input.shape)} is set in a way that no rule knows. Make a new tensor of it.")
         return NO_RULE
     for cut in input.cuts:
         item = items[cut.dim]
         if isinstance(item, int) or item.indices(input.shape[cut.dim])[:2] != (0, input.shape[cut.dim]):
-            raise ConfigError(
-                f"an item of a split tensor of {list(input.shape)} is set along the divided dimension {cut.dim}. Make a new tensor of it."
-            )
+            return NO_RULE
     return func(local_of(input), index, value)
 
 
