@@ -25,7 +25,7 @@ from ringfold.parallel.split.cut import Cut
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-__all__ = ["NO_RULE", "RULES", "Rule", "Split", "cuts_of", "gathered", "joined", "local_of", "made", "plainly", "rule", "without_terms"]
+__all__ = ["NO_RULE", "RULES", "Rule", "Split", "cuts_of", "gathered", "joined", "local_of", "made", "plainly", "rule", "without_terms", "written"]
 
 Rule = Callable[..., Any]
 RULES: dict[Any, Rule] = {}
@@ -170,4 +170,11 @@ def _changed_on_the_whole(name: str, func: Any, target: Split, rest: tuple[Any, 
     for cut in target.cuts:
         whole = exchange.part(whole, cut)
     target.local, target.terms = whole.clone(), frozenset()  # alone in its memory
-    return made(target.local, target.shape, target.cuts)
+    return written(target)
+
+
+def written(target: Split) -> Split:
+    """Return a tensor whose part was written in place, and which has a gradient from now on if that part has."""
+    with plainly():
+        target.requires_grad_(target.local.requires_grad)
+    return target

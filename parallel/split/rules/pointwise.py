@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from ringfold.parallel.split.rules.agreement import agree, labels_of, like
-from ringfold.parallel.split.tensor import NO_RULE, Split, local_of, made, rule
+from ringfold.parallel.split.tensor import NO_RULE, Split, local_of, made, rule, written
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -76,15 +76,4 @@ def _in_place(func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
         return local_of(like(value, tensor, labels_of(value.shape, tensor.shape), func.__name__)) if isinstance(value, Tensor) else value
 
     func(local_of(tensor), *map(placed, args), **{key: placed(value) for key, value in kwargs.items()})
-    return _regraded(tensor)
-
-
-def _regraded(tensor: Split) -> Tensor:
-    """Return the tensor that was written to; if it has a gradient from now on, as one that says so."""
-    if tensor.local.requires_grad != tensor.requires_grad:
-        return made(tensor.local, tensor.shape, tensor.cuts, tensor.terms)
-    return tensor
-
-
-def _local(value: Any) -> Any:
-    return local_of(value) if isinstance(value, Tensor) else value
+    return written(tensor)
