@@ -77,3 +77,7 @@ def _in_place(func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
 
     func(local_of(tensor), *map(placed, args), **{key: placed(value) for key, value in kwargs.items()})
     return written(tensor)
+
+
+def _local(value: Any) -> Any:
+    return local_of(value) if isinstance(value, Tensor) else value
