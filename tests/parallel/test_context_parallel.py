@@ -83,9 +83,16 @@ def without_terms(module: nn.Module, divided: Any, terms: Any, inputs: Any) -> S
     return StandIns(module, divided, frozenset(), inputs)
 
 
+with_keys_of = ring._Meetings.with_keys_of
+
+
+def own_keys_only(self: ring._Meetings, source: int) -> Any:
+    return with_keys_of(self, source) if source == self._cut.axis.rank else iter(())
+
+
 MUTATIONS: dict[str, tuple[Any, str, Any]] = {
     "sums over tokens are those of this rank": (exchange, "total", no_sum),
-    "keys of others are never seen": (ring, "_round", lambda axis, _, mine: iter([(axis.rank, mine)])),
+    "keys of others are never seen": (ring._Meetings, "with_keys_of", own_keys_only),
     "gradients are summed over cp once more": (division, "StandIns", without_terms),
 }
 
