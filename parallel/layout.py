@@ -17,6 +17,7 @@ from dataclasses import dataclass, fields, replace
 from itertools import product
 
 from ringfold.collectives.errors import LayoutError, nearest
+from ringfold.parallel.strategy import refusals
 
 # The one list of what runs today. A layout that needs anything else is refused by `require_built`.
 BUILT = frozenset(
@@ -259,6 +260,7 @@ class Layout:
         return str(Layout(dp=world_size // (tp * cp * pp), tp=tp, pp=pp, cp=cp))
 
     def _axis_problems(self, dp: int) -> Iterator[str]:
+        yield from refusals({feature for _, needs in self._words() for feature in needs})
         replicas = dp * self.cp
         arithmetic = f"dp x cp = {dp} x {self.cp} = {replicas}"
         if replicas % self.ep:
@@ -292,14 +294,11 @@ class Layout:
                 )
 
     def _model_problems(self, model: object) -> Iterator[str]:
-        heads, kv_heads = model_size(model, "attention heads"), model_size(model, "key-value heads")
-        for name, count in (("attention heads", heads), ("key-value heads", kv_heads)):
-            if count and count % self.tp:
-                if name == "attention heads":  # of key-value heads that it does not divide every rank has all
-                    yield f"tp{self.tp} must divide the model's {count} {name}. Try tp{math.gcd(self.tp, count)}."
-            elif count and self.cp_algorithm == "ulysses" and (count // self.tp) % self.cp:
-                arithmetic = f"{count} {name} / tp {self.tp} = {count // self.tp}"
-                yield f"cp{self.cp}:ulysses must divide {arithmetic}. Try cp{self.cp}:ring."
+        heads = model_size(model, "attention heads")  # key-value heads that ranks do not divide are whole on each
+        if heads and heads % self.tp:
+            yield f"tp{self.tp} must divide the model's {heads} attention heads. Try tp{math.gcd(self.tp, heads)}."
+        elif heads and self.cp_algorithm == "ulysses" and (heads // self.tp) % self.cp:
+            yield f"cp{self.cp}:ulysses must divide {heads} attention heads / tp {self.tp} = {heads // self.tp}. Try cp{self.cp}:ring."
         layers, stages = model_size(model, "layers"), self.pp * self.virtual_stages
         if layers and self.pp > 1 and stages > layers:
             arithmetic = f"pp x virtual stages = {self.pp} x {self.virtual_stages} = {stages}"

@@ -6,8 +6,14 @@ What is divided runs as split tensors (parallel/split); ranks that share a part 
 from __future__ import annotations
 
 import contextlib
+import functools
+import zlib
 from collections.abc import Iterator
+from typing import Any
 
+import torch
+from ringfold.collectives.communicator import Communicator
+from ringfold.collectives.errors import ConfigError
 from ringfold.parallel.context.context_parallel import ContextParallel
 from ringfold.parallel.mesh import DeviceMesh
 from ringfold.parallel.split.axis import Axis
@@ -15,7 +21,8 @@ from ringfold.parallel.split.rules.randomness import draw_alike
 from ringfold.parallel.split.stand_ins import StandIns
 from ringfold.parallel.tensor.plan import Plan
 from ringfold.parallel.tensor.tensor_parallel import TensorParallel
-from torch import nn
+from ringfold.runtime.batch import tensors_in
+from torch import Tensor, nn
 
 __all__ = ["Division"]
 
@@ -31,12 +38,32 @@ class Division:
         layout.resolve(mesh.size, module)
         self.tensor = TensorParallel(module, mesh["tp"], plan) if layout.tp > 1 else None
         self.context = ContextParallel(mesh["cp"], layout.cp_algorithm) if layout.cp > 1 else None
+        if self.context is not None:
+            _require_no_batch_norm(module)
+        self._alike: Communicator | None = None
         self._stand_ins: StandIns | None = None
         if self.tensor is not None or self.context is not None:
-            draw_alike(mesh["cp", "tp"], mesh.device)
+            self._alike = mesh["cp", "tp"]
+            draw_alike(self._alike, mesh.device)
             divided = {} if self.tensor is None else self.tensor.divided
             terms, inputs = (frozenset[Axis](), None) if self.context is None else (frozenset([self.context.axis]), self.context.divide)
             self._stand_ins = StandIns(module, divided, terms, inputs)
+
+    def require_same(self, batch: Any, step: int) -> None:
+        """Hold ranks that divide the work on the same rows to having the same; collective.
+
+        Raises: ConfigError on every rank: they have not.
+        """
+        if self._alike is None:
+            return
+        digest = functools.reduce(_digest, tensors_in(batch), 0)
+        highest = torch.tensor([digest, -digest], device="cpu")
+        self._alike.all_reduce(highest, "max")
+        if int(highest[0]) != -int(highest[1]):
+            raise ConfigError(
+                f"train step {step}: the ranks of {self._alike.name} were given different batches. They divide the work on the same rows: cut and "
+                'shuffle data by mesh["dp"].rank, or use rf.shard, which does.'
+            )
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -58,3 +85,13 @@ class Division:
         """Let the model run as it is; its parameters stay parts."""
         if self._stand_ins is not None:
             self._stand_ins.close()
+
+
+def _digest(digest: int, tensor: Tensor) -> int:
+    return zlib.crc32(tensor.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy().data, digest)
+
+
+def _require_no_batch_norm(module: nn.Module) -> None:
+    found = [name for name, part in module.named_modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+    if found:
+        raise ConfigError(f"cp: {', '.join(found)} would take the statistics of parts of sequences. Use a LayerNorm or GroupNorm, or leave cp out.")

@@ -289,6 +289,7 @@ class Engine:
         return found
 
     def _placed(self, batch: Any) -> Batch:
+        self._division.require_same(batch, self.step + 1)
         return Batch.of(batch).to(self.mesh.device, self._cast)
 
     def explain(self, batch: Any = None) -> Explanation:

@@ -128,7 +128,7 @@ def test_a_layout_that_differs_from_the_launchers_is_an_error_with_both() -> Non
         assert 'rf.init("dp2 micro4")' in message
 
 
-@pytest.mark.parametrize(("layout", "words"), [("dp3", "needs 3 workers, world_size is 2"), ("dp1 tp2", "tp2 is not built"), ("dq2", "dp")])
+@pytest.mark.parametrize(("layout", "words"), [("dp3", "needs 3 workers, world_size is 2"), ("dp1 pp2", "pp2 is not built"), ("dq2", "dp")])
 def test_a_layout_that_cannot_run_is_refused_before_anybody_joins(layout: str, words: str) -> None:
     for kind, message in run_ranks(2, lay_out, layout, joined=False):
         assert kind == "LayoutError"

@@ -333,6 +333,20 @@ def test_a_plan_that_does_not_fit_is_said_in_full(plan: dict[str, str] | None, m
         assert all(part in message for part in said), message
 
 
+def other_rows(world: Communicator, layout: str) -> str:
+    engine = make_engine(world, layout, writer, loss=LOSSES["pair"])
+    tokens, target = global_batches()[0]
+    with pytest.raises(ConfigError) as caught:
+        engine.train_step((tokens.roll(world.rank, 0), target))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("layout", "axis"), [("tp2", "tp"), ("cp2", "cp")])
+def test_ranks_that_are_given_different_rows_of_what_they_divide_are_told(layout: str, axis: str) -> None:
+    for message in run_ranks(2, other_rows, layout):
+        assert f"train step 1: the ranks of {axis} were given different batches" in message
+
+
 class Configured(Writer):
     def __init__(self) -> None:
         super().__init__([Block(Attention())])

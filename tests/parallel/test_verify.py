@@ -135,7 +135,7 @@ def inner_function() -> Any:
         ((inner_function(), BATCH, F.cross_entropy, "dp2"), "model_fn.*inner_function.*cannot be sent"),
         ((Model, BATCH, lambda output, _: output.sum(), "dp2"), "loss.*lambda"),
         ((Model, BATCH, F.cross_entropy, "dp7"), "dp7 needs a batch of 9 rows or more.*this one has 8"),
-        ((Model, BATCH, F.cross_entropy, "dp1 tp2"), "tp2 is not built"),
+        ((Model, BATCH, F.cross_entropy, "dp1 pp2"), "pp2 is not built"),
         ((random_model, BATCH, F.cross_entropy, "dp2"), "draws random numbers"),
         ((dict, BATCH, F.cross_entropy, "dp2"), "model_fn returned dict"),
     ],

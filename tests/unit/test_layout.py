@@ -160,12 +160,13 @@ def test_every_violated_constraint_is_returned_at_once() -> None:
     )
     expected = [
         "tp4 x pp3 x cp2 needs a multiple of 24 workers, world_size is 25",
+        "tp does not go with exact",
+        "cp does not go with exact",
         "ep5 must divide dp x cp = 1 x 2 = 2",
         "zero0 shards nothing",
         "needs a multiple of pp 3 microbatches, micro is 2. Try micro3",
         "exact8 runs 8 / dp 1 = 8 microbatches on each rank, not 2",
         "tp4 must divide the model's 6 attention heads. Try tp2",
-        "cp2:ulysses must divide 4 key-value heads / tp 4 = 1",
         "3 x 2 = 6 stages need as many layers, the model has 2",
         "ep5 must divide the model's 3 experts",
     ]
@@ -209,12 +210,12 @@ def test_dp_fills_what_is_left_of_the_world() -> None:
 
 def test_what_is_not_built_is_refused_by_one_error_that_lists_it_all() -> None:
     layout = Layout.parse("dp2 tp2 pp2:gpipe cp2:ulysses ep2 zero2:cpu fp8 recompute micro4 exact8")
-    refused = ["tp2", "pp2:gpipe", "cp2:ulysses", "ep2"]
+    refused = ["pp2:gpipe", "ep2"]
     assert layout.unsupported() == refused
     with pytest.raises(LayoutError) as caught:
         layout.require_built()
     assert ", ".join(refused) in str(caught.value)
-    assert "bf16 dpN exactN fp16 fp32 fp64 fp8 microN offload recompute" in str(caught.value)
+    assert "bf16 cpN dpN exactN fp16 fp32 fp64 fp8 microN offload recompute tpN" in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["", "dp4", "dp2 tp1 pp1:gpipe cp1 ep1 zero0 fp64 micro8", "fp32", "recompute:budget=1GiB"])
@@ -253,3 +254,12 @@ def test_a_recompute_budget_is_told_in_bytes(text: str, nbytes: int | None) -> N
 
 def test_layout_does_not_import_torch() -> None:
     subprocess.run([sys.executable, "-c", "import ringfold.parallel.layout, sys; assert 'torch' not in sys.modules"], check=True)
+
+
+def test_pairs_that_do_not_go_together_are_refused_with_the_reason_each() -> None:
+    from ringfold.parallel.strategy import REFUSED
+
+    words = {"exact": "exact8", "tp": "tp2", "cp": "cp2", "fp8": "fp8"}
+    for refusal in REFUSED:
+        problems = Layout.parse(f"dp2 {words[refusal.one]} {words[refusal.other]}").check(4)
+        assert problems == [f"{refusal.one} does not go with {refusal.other}: {refusal.reason}."]
