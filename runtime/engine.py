@@ -326,6 +326,7 @@ class Engine:
 
         Raises: CheckpointError on every rank, of this save or the last asynchronous one; what was there before is still there.
         """
+        self._division.require_checkpoints()
         extra = {
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "data": [data.state_dict() for data in self._shards],
@@ -354,6 +355,7 @@ class Engine:
 
         Raises: Incomplete, Corrupt, or Incompatible (with all differences, before anything is changed).
         """
+        self._division.require_checkpoints()
         found = checkpoint.load(directory, comm=self.mesh.world)
         self._state.restore(found, self.optimizer)
         extra = found.extra()
