@@ -312,6 +312,14 @@ def test_offload_steps_beside_dd(tmp_path: Path) -> None:
     assert [name.name for name in tmp_path.iterdir()] == ["result.json"]
 
 
+def test_tensor_parallel_is_measured_beside_dtensor(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    output = run_benchmark("tensor_parallel", "-n", "2", "--quick", "--dim", "16", "--layers", "1", "--json", str(path))
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["side"] for row in rows] == ["engine", "dtensor", "alone"]
+    assert all(row["samples_per_s"] > 0 and f"| {row['side']} |" in output for row in rows)
+
+
 def test_checkpoint_shows_what_a_save_holds_up_beside_torch(tmp_path: Path) -> None:
     path = tmp_path / "result.json"
     output = run_benchmark("checkpoint", "-n", "2", "--nbytes", "20M", "--rounds", "1", "--folder", str(tmp_path), "--json", str(path))
