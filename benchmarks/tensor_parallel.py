@@ -1,4 +1,4 @@
-"""Train steps of a GPT whose layers are divided: ringfold's `tpN` beside torch's DTensor over gloo, and beside the same parts that do not communicate.
+"""Train steps of a GPT whose layers are divided: ringfold's `tpN` beside torch's DTensor over gloo, and beside the same parts that do not talk.
 
     ringfold bench tensor_parallel -n 2
 

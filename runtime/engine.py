@@ -67,7 +67,8 @@ class Engine:
     stepped after each train step. `clip_norm` bounds the global gradient norm. `metrics` are functions (output, target) for `eval_step`, which
     return what a loss may return. `plan` says which parameters tp divides (parallel/tensor/plan.py), by default what names and classes tell.
     `blocks` are patterns of the names of the modules that the layout's `recompute` works on, by default the children of containers;
-    `recomputation.explain()` tells what became of each. `offload_activations` moves what they save for backward to host memory, on a GPU. `fp8` says how that word of the layout chooses its scales.
+    `recomputation.explain()` tells what became of each. `offload_activations` moves what they save for backward to host memory, on a GPU.
+    `fp8` says how that word of the layout chooses its scales.
     Collective, like all its methods but the plain attributes: every rank calls them in the same order.
 
     `step` is the number of train steps done, `seconds` and `communication_share` the last step's time and the part of it that this rank
