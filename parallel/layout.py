@@ -17,6 +17,7 @@ from dataclasses import dataclass, fields, replace
 from itertools import product
 
 from ringfold.collectives.errors import LayoutError, nearest
+from ringfold.parallel.pipeline.schedules import least_micro
 from ringfold.parallel.strategy import refusals
 
 # The one list of what runs today. A layout that needs anything else is refused by `require_built`.
@@ -26,7 +27,7 @@ BUILT = frozenset(
 
 AXES = ("pp", "dp", "cp", "tp")  # slowest to fastest over ranks
 PRECISIONS = ("fp32", "bf16", "fp16", "fp8", "fp64")
-SCHEDULES = {"1f1b": 1, "gpipe": 1, "interleaved": 2, "zbh1": 1, "zbv": 2}  # the number of virtual stages each takes by default
+SCHEDULES = {"1f1b": 1, "gpipe": 1, "interleaved": 2, "zbh1": 1, "zbv": 2, "dualpipev": 2}  # the number of virtual stages each takes by default
 CP_ALGORITHMS = ("ring", "ulysses")
 RECOMPUTES = ("full", "selective")
 GRAMMAR = (
@@ -281,6 +282,9 @@ class Layout:
         if self.pp > 1 and self.schedule == "interleaved" and self.micro % self.pp:
             wanted = math.ceil(self.micro / self.pp) * self.pp
             yield f"schedule interleaved needs a multiple of pp {self.pp} microbatches, micro is {self.micro}. Try micro{wanted}."
+        least = least_micro(self.schedule, self.pp)
+        if self.pp > 1 and self.micro < least and self.schedule != "interleaved":
+            yield f"schedule {self.schedule} needs at least {least} microbatches for pp {self.pp}, micro is {self.micro}. Try micro{least}."
         if self.exact is not None:
             if dp & (dp - 1):
                 yield f"exact{self.exact} sums over ranks in pairs, so dp must be a power of two, not {dp}. Try dp{1 << (dp.bit_length() - 1)}."
