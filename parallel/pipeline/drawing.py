@@ -19,12 +19,11 @@ def draw_text(simulation: Simulation, unit: float = 1.0) -> str:
 
         rank 0  F0 F1 .. .. B0 B0 F2 B1 B1 ...
     """
-    width = (
-        1 + len(str(simulation.schedule.micro - 1)) + (max(len(simulation.schedule.stages_of(rank)) for rank in range(simulation.schedule.size)) > 1)
-    )
+    schedule = simulation.schedule
+    width = 1 + len(str(schedule.micro - 1)) + (len(schedule.ranks) > schedule.size)
     lines = []
     for rank, of_rank in enumerate(simulation.times):
-        stages = simulation.schedule.stages_of(rank)
+        stages = schedule.stages_of(rank)
         cells = ["." * width] * math.ceil(simulation.makespan / unit - 1e-9)
         for step, (start, end) in of_rank.items():
             mark = "'" * stages.index(step.stage) if len(stages) <= 2 else "abcdefgh"[stages.index(step.stage) % 8]

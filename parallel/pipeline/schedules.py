@@ -50,10 +50,9 @@ def _interleaved(p: int, m: int, v: int) -> Schedule:
     """Microbatches pass a rank's stages in groups of p; before its first backward a rank runs ahead by (v - 1) p + 2 (p - r - 1) + 1 forwards."""
     steps = []
     for r in range(p):
-        forwards = [Step("F", chunk * p + r, group + k) for group in range(0, m, p) for chunk in range(v) for k in range(min(p, m - group))]
-        backwards = [
-            Step("B", chunk * p + r, group + k) for group in range(0, m, p) for chunk in reversed(range(v)) for k in range(min(p, m - group))
-        ]
+        groups = [range(first, min(m, first + p)) for first in range(0, m, p)]
+        forwards = [Step("F", chunk * p + r, k) for group in groups for chunk in range(v) for k in group]
+        backwards = [Step("B", chunk * p + r, k) for group in groups for chunk in reversed(range(v)) for k in group]
         ahead = min(m * v, (v - 1) * p + 2 * (p - r - 1) + 1)
         of_rank = forwards[:ahead]
         for k, backward in enumerate(backwards):
@@ -114,19 +113,18 @@ class _Chunks:
         for _ in range(times):
             for word in words:
                 if self.is_ready(word):
-                    kind, chunk = word
-                    self.steps.append(Step(kind, self._stages[int(chunk)], self._next(word)))
+                    self.steps.append(Step(word[0], self._stages[int(word[1])], self._next(word)))
                     self._counts[word] = self._counts.get(word, 0) + 1
 
     def _next(self, word: str) -> int:
         """A whole backward is one of inputs as well, and one of weights."""
-        kind, chunk = word
+        kind, chunk = word[0], word[1]
         also = {"I": "B", "W": "B"}.get(kind)
         mine = self._counts.get(word, 0) + (self._counts.get(f"{also}{chunk}", 0) if also else 0)
         return mine + (self._counts.get(f"I{chunk}", 0) if kind == "B" else 0)
 
     def is_ready(self, word: str) -> bool:
-        kind, chunk = word
+        kind, chunk = word[0], word[1]
         if kind == "W":
             return self._next(word) < self._next(f"I{chunk}")
         return self._next(word) < (self._micro if kind == "F" else self._next(f"F{chunk}"))

@@ -23,9 +23,9 @@ BUBBLES = {
 }
 # the most activations that a rank holds, in microbatches of one stage
 PEAKS = {
-    "gpipe": lambda p, m, _: m,
+    "gpipe": lambda _, m, __: m,
     "1f1b": lambda p, *_: p,
-    "interleaved": lambda p, m, v: v * p + p - 1,  # p (1 + (p - 1) / (p v)) of a rank's v stages
+    "interleaved": lambda p, _, v: v * p + p - 1,  # p (1 + (p - 1) / (p v)) of a rank's v stages
     "zbh1": lambda p, *_: p,
     "zbv": lambda p, *_: 2 * p,  # of half as large stages
     "dualpipev": lambda p, *_: 2 * p + 1,
