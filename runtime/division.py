@@ -65,17 +65,6 @@ class Division:
                 'shuffle data by mesh["dp"].rank, or use rf.shard, which does.'
             )
 
-    def require_checkpoints(self) -> None:
-        """Refuse what would save this rank's parts under the names of the wholes.
-
-        Raises: ConfigError: parameters are divided.
-        """
-        if self.tensor is not None:
-            raise ConfigError(
-                "checkpoints of layouts with tp are not built yet. engine.state_dict() gives the whole model on rank 0, for torch.save; "
-                "engine.load_state_dict() takes it under any layout."
-            )
-
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Let parts of the model run inside as the whole does."""

@@ -135,7 +135,7 @@ class Engine:
                 self.module.named_parameters(), self._replicas, averaged=False, bucket_mb=bucket_mb, sparse=sparse_parameter_names(self.module)
             )
         self._how_built = built.how
-        self._state = ModelState(self.module, self._sharding, self._division, mesh.rank)
+        self._state = ModelState(self.module, self._sharding, self._division, mesh.world)
         self.optimizer = make_optimizer(optimizer, self.module)
         if self._sharding is not None:
             self._sharding.cut(self.optimizer)
@@ -327,7 +327,6 @@ class Engine:
 
         Raises: CheckpointError on every rank, of this save or the last asynchronous one; what was there before is still there.
         """
-        self._division.require_checkpoints()
         extra = {
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "data": [data.state_dict() for data in self._shards],
@@ -340,7 +339,7 @@ class Engine:
             directory,
             step=self.step,
             model_state=self._state.parts(),
-            optimizer_state=checkpoint.optimizer_state_by_name(self.optimizer, self._state.pieces()),
+            optimizer_state=self._state.optimizer_parts(self.optimizer),
             extra=extra,
             asynchronous=asynchronous,
         )
@@ -356,7 +355,6 @@ class Engine:
 
         Raises: Incomplete, Corrupt, or Incompatible (with all differences, before anything is changed).
         """
-        self._division.require_checkpoints()
         found = checkpoint.load(directory, comm=self.mesh.world)
         self._state.restore(found, self.optimizer)
         extra = found.extra()

@@ -52,7 +52,8 @@ def simulate(schedule: Schedule, costs: Costs | Callable[[Step], float] | None =
     """Run a schedule that is proven, every rank in its own order; `costs` may differ by step."""
     if costs is None or isinstance(costs, Costs):
         given = costs or Costs()
-        cost, message = given.of, given.message or message
+        cost: Callable[[Step], float] = given.of
+        message = given.message or message
     else:
         cost = costs
     ends: dict[Step, float] = {}

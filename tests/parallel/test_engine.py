@@ -190,11 +190,12 @@ def test_all_ranks_hold_the_same_bits() -> None:
         assert all(torch.equal(weight, results[0]["weights"][name]) for name, weight in found["weights"].items())
 
 
-def train_in_two_halves(world: Communicator, folder: Path, first: bool, layout: str = "") -> dict[str, Any]:
+def train_in_two_halves(world: Communicator, folder: Path, first: bool, layout: str = "", make: Callable[[], nn.Module] = Reader) -> dict[str, Any]:
     half = len(ROWS) // 2
     engine = make_engine(
         world,
         f"{layout} micro2",
+        make,
         loss=valid_pair,
         scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step)),
         clip_norm=CLIP_NORM,

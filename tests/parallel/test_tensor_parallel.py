@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -346,26 +345,6 @@ def other_rows(world: Communicator, layout: str) -> str:
 def test_ranks_that_are_given_different_rows_of_what_they_divide_are_told(layout: str, axis: str) -> None:
     for message in run_ranks(2, other_rows, layout):
         assert f"train step 1: the ranks of {axis} were given different batches" in message
-
-
-def saved(world: Communicator, folder: str) -> list[str]:
-    engine = make_engine(world, "tp2", writer, loss=LOSSES["pair"])
-    errors = []
-    for act in (engine.save, engine.resume):
-        with pytest.raises(ConfigError) as caught:
-            act(folder)
-        errors.append(str(caught.value))
-    state = engine.state_dict()
-    engine.load_state_dict(world.broadcast_object(state))
-    again = engine.state_dict()
-    assert all(torch.equal(value, again[name]) for name, value in state.items())
-    return errors
-
-
-def test_a_checkpoint_of_parts_is_refused_with_what_to_do_instead(tmp_path: Path) -> None:
-    for errors in run_ranks(2, saved, str(tmp_path)):
-        assert all("engine.state_dict() gives the whole model on rank 0" in error for error in errors)
-    assert not list(tmp_path.iterdir())
 
 
 class Configured(Writer):
