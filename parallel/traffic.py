@@ -7,7 +7,13 @@ from dataclasses import dataclass, replace
 __all__ = ["Traffic"]
 
 # The least that a rank of n must send of a vector, as a share of it (Patarasuk & Yuan, 2009); ring algorithms send just that.
-SHARE = {"all_reduce": lambda n: 2 * (n - 1) / n, "reduce_scatter": lambda n: (n - 1) / n, "all_gather": lambda n: (n - 1) / n}
+SHARE = {
+    "all_reduce": lambda n: 2 * (n - 1) / n,
+    "reduce_scatter": lambda n: (n - 1) / n,
+    "all_gather": lambda n: (n - 1) / n,
+    "all_to_all": lambda n: (n - 1) / n,
+    "send": lambda _: 1.0,
+}
 
 
 @dataclass(frozen=True)

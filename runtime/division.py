@@ -21,6 +21,7 @@ from ringfold.parallel.split.rules.randomness import draw_alike
 from ringfold.parallel.split.stand_ins import StandIns
 from ringfold.parallel.tensor.plan import Plan
 from ringfold.parallel.tensor.tensor_parallel import TensorParallel
+from ringfold.parallel.traffic import Traffic
 from ringfold.runtime.batch import tensors_in
 from torch import Tensor, nn
 
@@ -64,6 +65,36 @@ class Division:
                 f"train step {step}: the ranks of {self._alike.name} were given different batches. They divide the work on the same rows: cut and "
                 'shuffle data by mesh["dp"].rank, or use rf.shard, which does.'
             )
+
+    @property
+    def axes(self) -> list[Axis]:
+        """The axes over which work is divided."""
+        return [each.axis for each in (self.tensor, self.context) if each is not None]
+
+    def begin_step(self) -> None:
+        """Count what is exchanged from now on."""
+        for axis in self.axes:
+            axis.forget()
+
+    def traffic(self) -> list[Traffic]:
+        """Return what the last step sent inside layers."""
+        return [
+            Traffic(f"inside layers, over {axis.name}", operation, count, nbytes, axis.size)
+            for axis in self.axes
+            for operation, (count, nbytes) in sorted(axis.exchanged.items())
+        ]
+
+    def explain(self) -> str:
+        """Return which parameters are divided and how, and what was gathered in the last step because no rule knew better."""
+        lines = [] if self.tensor is None else [self.tensor.explain()]
+        if self.context is not None:
+            lines.append(f"sequences are divided over cp, {self.context.axis.attention} attention")
+        for axis in self.axes:
+            if axis.gathered:
+                lines.append(
+                    f"gathered over {axis.name}, for want of a rule: {', '.join(f'{name} x {n}' for name, n in axis.gathered.most_common())}"
+                )
+        return "\n".join(lines)
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:

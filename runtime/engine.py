@@ -215,6 +215,7 @@ class Engine:
         if not self.module.training:
             self.module.train()
         self._update.forget()
+        self._division.begin_step()
         loss, factor = self._passes.run(self.step, parts, self.loss_scale)
         if self._update.step(factor) and self.scheduler is not None:
             self.scheduler.step()
@@ -306,8 +307,19 @@ class Engine:
         shares, uses = self._replicas.size if self._sharding is None else self._sharding.group_size, self._uses()
         layout = replace(self.mesh.layout, zero=self.mesh.layout.zero or (0 if self._sharding is None else 2))
         predicted = memory.predict(uses, layout, shares)
+        traffic += self._division.traffic()
         recomputation = self.recomputation.explain()
-        return Explanation(str(self.mesh.layout), self.mesh.size, uses, traffic, self.memory(batch), predicted, recomputation, self._how_built)
+        return Explanation(
+            str(self.mesh.layout),
+            self.mesh.size,
+            uses,
+            traffic,
+            self.memory(batch),
+            predicted,
+            recomputation,
+            self._how_built,
+            self._division.explain(),
+        )
 
     def _uses(self) -> list[ParameterUse]:
         return uses_of_parameters(self.module, self._sharding, self._casting, self._linears, self.optimizer)

@@ -4,6 +4,7 @@ every parameter   its dtypes: trained, computed with, gradient as it is summed o
 every kind of collective of a step, with what a rank has to send at the least
 the bytes that this rank keeps between steps, by purpose, as they are and as the layout promises
 what is recomputed
+what is divided inside layers
 """
 
 from __future__ import annotations
@@ -86,11 +87,13 @@ class Explanation:
     predicted: dict[str, float]
     recomputation: str
     built: str
+    divided: str = ""
 
     def __str__(self) -> str:
         count = sum(use.numel for use in self.parameters)
-        head = f"layout {self.layout}: {self.ranks} rank{'s' * (self.ranks > 1)}, {count:,} parameters"
-        return "\n\n".join([head, self._parameter_table(), self._traffic_table(), self._memory_table(), self.recomputation, f"built {self.built}"])
+        head = f"layout {self.layout}: {self.ranks} rank{'s' * (self.ranks > 1)}, {count:,} parameters{' on this one' * bool(self.divided)}"
+        tables = [self._parameter_table(), self._traffic_table(), self._memory_table(), self.divided, self.recomputation, f"built {self.built}"]
+        return "\n\n".join([head, *filter(None, tables)])
 
     def _parameter_table(self) -> str:
         alike: dict[tuple[str, ...], list[ParameterUse]] = {}

@@ -145,6 +145,7 @@ def _pass_on(axis: Axis, sent: tuple[Tensor, ...], shapes: list[torch.Size]) -> 
 
 
 def _exchange(axis: Axis, sent: tuple[Tensor, ...], received: tuple[Tensor, ...], tag: int = 0) -> Work | None:
+    axis.note("send", sum(each.nbytes for each in sent))
     after, before = (axis.rank + 1) % axis.size, (axis.rank - 1) % axis.size
     sends = [(each, after, tag + number) for number, each in enumerate(sent)]
     return axis.comm.exchange(sends, [(each, before, tag + number) for number, each in enumerate(received)], async_op=True)

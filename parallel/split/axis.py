@@ -10,9 +10,10 @@ __all__ = ["Axis"]
 
 
 class Axis:
-    """One axis of the mesh, `comm`; `gathered` counts, by operation, the tensors that were put together for it.
+    """One axis of the mesh, `comm`.
 
-    attention: how queries of one rank see keys of another, "ring" or "ulysses".
+    gathered: by operation that has no rule, how many tensors were put together for it. exchanged: by collective, how many there were and the bytes
+    of their vectors; both since `forget`. attention: how queries of one rank see keys of another, "ring" or "ulysses".
     """
 
     def __init__(self, name: str, comm: Communicator, attention: str = "ring") -> None:
@@ -22,6 +23,17 @@ class Axis:
         self.rank = comm.rank
         self.size = comm.size
         self.gathered: Counter[str] = Counter()
+        self.exchanged: dict[str, tuple[int, int]] = {}
+
+    def note(self, operation: str, nbytes: int) -> None:
+        """Count a collective."""
+        count, total = self.exchanged.get(operation, (0, 0))
+        self.exchanged[operation] = count + 1, total + nbytes
+
+    def forget(self) -> None:
+        """Count from now on."""
+        self.gathered.clear()
+        self.exchanged.clear()
 
     def __repr__(self) -> str:
         return f"{self.name} {self.rank} of {self.size}"

@@ -68,6 +68,7 @@ def highest(tensor: Tensor, axis: Axis) -> Tensor:
     """Return the elementwise maximum over ranks; it has no gradient."""
     found = tensor.detach().clone(memory_format=torch.contiguous_format)
     axis.comm.all_reduce(found, "max")
+    axis.note("all_reduce", found.nbytes)
     return found
 
 
@@ -79,6 +80,7 @@ def gathered(tensor: Tensor, cut: Cut) -> Tensor:
     sizes = [torch.Size(shape).numel() for shape in shapes]
     flat = tensor.new_empty(sum(sizes))
     cut.axis.comm.all_gather(flat, tensor.contiguous().view(-1), counts=sizes)
+    cut.axis.note("all_gather", flat.nbytes)
     return cut.join([values.view(shape) for values, shape in zip(flat.split(sizes), shapes, strict=True)])
 
 
@@ -102,6 +104,7 @@ def _turned_back(tensor: Tensor, cut: Cut, dim: int) -> Tensor:
 def _all_to_all(sent: list[Tensor], counts: list[int], cut: Cut) -> list[Tensor]:
     received = sent[0].new_empty(sum(counts))
     cut.axis.comm.all_to_all(received, torch.cat(sent), input_counts=[values.numel() for values in sent], output_counts=counts)
+    cut.axis.note("all_to_all", received.nbytes)
     return list(received.split(counts))
 
 
@@ -110,6 +113,7 @@ def _sum(tensor: Tensor, axis: Axis) -> Tensor:
     found = axis.comm.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) if tensor.is_cpu else torch.empty_like(tensor)
     found.copy_(tensor)
     axis.comm.all_reduce(found)
+    axis.note("all_reduce", found.nbytes)
     return found
 
 
@@ -117,7 +121,9 @@ def _sum_and_take(tensor: Tensor, cut: Cut) -> Tensor:
     parts = [cut.take(tensor, rank) for rank in range(cut.axis.size)]
     sizes = [values.numel() for values in parts]
     output = tensor.new_empty(parts[cut.axis.rank].shape)
-    cut.axis.comm.reduce_scatter(output.view(-1), torch.cat([values.reshape(-1) for values in parts]), counts=sizes)
+    vector = torch.cat([values.reshape(-1) for values in parts])
+    cut.axis.comm.reduce_scatter(output.view(-1), vector, counts=sizes)
+    cut.axis.note("reduce_scatter", vector.nbytes)
     return output
 
 

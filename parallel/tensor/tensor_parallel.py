@@ -9,6 +9,7 @@ has the same values and the same gradient on all ranks of the axis.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -66,6 +67,20 @@ class TensorParallel:
     def placements(self) -> dict[str, Placement]:
         """Return where the parameters lie that are divided, by name."""
         return {each.name: Placement(each.name, tuple(each.shape), {"tp": each.shard}) for each in self._divided}
+
+    def explain(self) -> str:
+        """Return a line for each kind of module that is divided: its name, the plan's word, elements of the wholes and of this rank's parts."""
+        alike: dict[tuple[str, str], list[int]] = {}
+        for each in self._divided:
+            module, _, name = each.name.rpartition(".")
+            pattern = re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", each.name)
+            found = alike.setdefault((pattern, self.plan.get(module, f"dim {each.shard.dim}, as {name}")), [0, 0, 0])
+            for place, count in enumerate((1, each.shape.numel(), each.parameter.numel())):
+                found[place] += count
+        rows = [("divided over tp", "", "", "elements", "this rank's")]
+        rows += [(name, word, f"x {n}" if n > 1 else "", f"{whole:,}", f"{part:,}") for (name, word), (n, whole, part) in alike.items()]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join("  ".join(c.rjust(w) if k > 2 else c.ljust(w) for k, (c, w) in enumerate(zip(row, widths, strict=True))) for row in rows)
 
     def sum_of_parts(self, value: float) -> float:
         """Return the sum of a number that each rank has computed of its parts; collective."""

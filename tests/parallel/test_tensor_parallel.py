@@ -347,6 +347,23 @@ def test_ranks_that_are_given_different_rows_of_what_they_divide_are_told(layout
         assert f"train step 1: the ranks of {axis} were given different batches" in message
 
 
+def explained(world: Communicator, layout: str) -> str:
+    engine = make_engine(world, layout, writer, loss=LOSSES["pair"])
+    engine.train_step(mine(global_batches()[0], engine.mesh["dp"].rank, engine.mesh["dp"].size))
+    return str(engine.explain())
+
+
+def test_what_is_divided_and_what_that_sends_is_explained() -> None:
+    text = run_ranks(4, explained, "tp2 cp2")[0]
+    assert "blocks.*.attn.c_attn.weight  column:3  x 2" in text
+    assert "blocks.*.mlp.down.weight     row       x 2" in text
+    assert "sequences are divided over cp, ring attention" in text
+    # each block adds up two rows in forward, and the inputs of three columns in backward
+    assert "inside layers, over tp" in text
+    lines = {tuple(line.split("  ")[0:1]): line for line in text.splitlines()}
+    assert any(line.startswith("inside layers, over cp") for (line,) in lines)
+
+
 class Configured(Writer):
     def __init__(self) -> None:
         super().__init__([Block(Attention())])
