@@ -14,7 +14,7 @@ The rules work in front of autograd, not behind it as those of DTensor do: a bac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,22 @@ from ringfold.parallel.split.cut import Cut
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-__all__ = ["NO_RULE", "RULES", "Rule", "Split", "cuts_of", "gathered", "joined", "local_of", "made", "plainly", "rule", "without_terms", "written"]
+__all__ = [
+    "NO_RULE",
+    "RULES",
+    "Rule",
+    "Split",
+    "cuts_of",
+    "gathered",
+    "joined",
+    "local_of",
+    "made",
+    "plainly",
+    "rule",
+    "undivided",
+    "without_terms",
+    "written",
+]
 
 Rule = Callable[..., Any]
 RULES: dict[Any, Rule] = {}
@@ -121,6 +136,14 @@ def joined(tensor: Tensor, axis: Axis, why: str) -> Tensor:
             axis.gathered[why] += 1
             left = tuple(other for other in tensor.cuts if other is not cut)
             return made(exchange.whole(local_of(tensor), cut), tensor.shape, left, tensor.terms)
+    return tensor
+
+
+def undivided(tensor: Tensor, dims: Collection[int], why: str) -> Tensor:
+    """Return a tensor none of whose `dims` is divided: over other axes it stays as it is."""
+    for cut in cuts_of(tensor):
+        if cut.dim in dims:
+            tensor = joined(tensor, cut.axis, why)
     return tensor
 
 

@@ -49,9 +49,13 @@ def _matmul(func: Any, input: Tensor, other: Tensor) -> Tensor:  # noqa: ARG001
     left, right = ([ROW, INNER] if input.dim() > 1 else [INNER]), ([INNER, COLUMN] if other.dim() > 1 else [INNER])
     batch = torch.broadcast_shapes(input.shape[:-2], other.shape[:-2])
     shape = (*batch, *input.shape[-2:-1], *(other.shape[-1:] if other.dim() > 1 else ()))
-    labels = [[*labels_of(input.shape[:-2], batch), *left], [*labels_of(other.shape[:-2], batch), *right]]
+    labels = [[*labels_of(other.shape[:-2], batch), *right], [*labels_of(input.shape[:-2], batch), *left]]
     out = [*range(len(batch)), *(one for one in (*left, *right) if one != INNER)]
-    return contract(torch.matmul, [input, other], labels, out, shape)
+    return contract(matmul, [other, input], labels, out, shape)  # of rows and columns, both divided, rows stay: those of scores are queries
+
+
+def matmul(other: Tensor, input: Tensor) -> Tensor:
+    return torch.matmul(input, other)
 
 
 @rule(Tensor.__rmatmul__)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from ringfold.parallel.split.rules.pointwise import functions
 from ringfold.parallel.split.rules.shapes import ranged, selected
-from ringfold.parallel.split.tensor import NO_RULE, Split, local_of, made, rule
+from ringfold.parallel.split.tensor import NO_RULE, Split, local_of, made, rule, undivided
 from torch import Tensor
 
 __all__: list[str] = []
@@ -81,9 +81,10 @@ def _along_dim(func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
     if not isinstance(input, Split) or dims is None or isinstance(dims, bool):
         return NO_RULE
     along = {dim % input.dim() for dim in ([dims] if isinstance(dims, int) else dims)}
-    if along & {cut.dim for cut in input.cuts}:
-        return NO_RULE
+    input = undivided(input, along, func.__name__)
     result = func(local_of(input), *args, **kwargs)
+    if not isinstance(input, Split):
+        return result
     if isinstance(result, Tensor):
         return _like(result, input, along)
     return type(result)([_like(one, input, along) for one in result])
@@ -91,18 +92,17 @@ def _along_dim(func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
 
 @rule(*functions("triu tril"))
 def _triangle(func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-    if not isinstance(input, Split) or any(cut.dim >= input.dim() - 2 for cut in input.cuts):
-        return NO_RULE
-    return made(func(local_of(input), *args, **kwargs), input.shape, input.cuts, input.terms)
+    input = undivided(input, (input.dim() - 2, input.dim() - 1), func.__name__)
+    result = func(local_of(input), *args, **kwargs)
+    return made(result, input.shape, input.cuts, input.terms) if isinstance(input, Split) else result
 
 
 @rule(torch.nn.functional.pad)
 def _pad(func: Any, input: Tensor, pad: Sequence[int], *args: Any, **kwargs: Any) -> Any:
     touched = {input.dim() - 1 - place // 2 for place, count in enumerate(pad) if count}
-    if not isinstance(input, Split) or touched & {cut.dim for cut in input.cuts}:
-        return NO_RULE
+    input = undivided(input, touched, "pad")
     result = func(local_of(input), pad, *args, **kwargs)
-    return _like(result, input, touched)
+    return _like(result, input, touched) if isinstance(input, Split) else result
 
 
 def _like(result: Tensor, input: Split, changed: set[int]) -> Tensor:

@@ -12,7 +12,7 @@ from ringfold.parallel.split import exchange
 from ringfold.parallel.split.cut import Cut
 from ringfold.parallel.split.rules.agreement import agree
 from ringfold.parallel.split.rules.pointwise import functions
-from ringfold.parallel.split.tensor import NO_RULE, Split, local_of, made, rule
+from ringfold.parallel.split.tensor import NO_RULE, Split, local_of, made, rule, undivided
 from torch import Tensor
 
 __all__: list[str] = []
@@ -50,8 +50,9 @@ def _reduced(func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
     if not isinstance(input, Split) or dim is None or isinstance(dim, bool):
         return NO_RULE
     dims = _dims(dim, input.dim())
-    if any(cut.dim in dims for cut in input.cuts):
-        return NO_RULE
+    input = undivided(input, dims, func.__name__)
+    if not isinstance(input, Split):
+        return func(input, *args, **kwargs)
     result = func(local_of(input), *args, **kwargs)
     one = result if isinstance(result, Tensor) else result[0]
     keepdim = one.dim() == input.dim()
@@ -62,9 +63,11 @@ def _reduced(func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
 
 @rule(*functions("softmax log_softmax softmin"))
 def _softmax(func: Any, input: Tensor, dim: int | None = None, *args: Any, **kwargs: Any) -> Any:
-    if not isinstance(input, Split) or dim is None or any(cut.dim == dim % input.dim() for cut in input.cuts):
+    if not isinstance(input, Split) or dim is None:
         return NO_RULE
-    return made(func(local_of(input), dim, *args, **kwargs), input.shape, input.cuts, input.terms)
+    input = undivided(input, [dim % input.dim()], func.__name__)
+    result = func(local_of(input), dim, *args, **kwargs)
+    return made(result, input.shape, input.cuts, input.terms) if isinstance(input, Split) else result
 
 
 @rule(F.layer_norm, torch.layer_norm, F.rms_norm, torch.rms_norm)
@@ -76,6 +79,7 @@ def _norm(func: Any, input: Tensor, normalized_shape: Sequence[int], *args: Any,
     rest, options = args[len(names) :], {key: value for key, value in kwargs.items() if key not in names}
     weights = [value for value in (given.get(name) for name in names) if value is not None]
     labels = list(range(input.dim()))
+    input = undivided(input, labels[-count:], func.__name__)
     found = agree([*weights, input], [*[labels[-count:]] * len(weights), labels], func.__name__)
     if any(label in labels[-count:] for label in found.divided):
         return NO_RULE

@@ -11,7 +11,7 @@ import torch
 from ringfold.parallel.split.cut import Cut, regroup, with_length
 from ringfold.parallel.split.rules.agreement import agree
 from ringfold.parallel.split.rules.pointwise import functions
-from ringfold.parallel.split.tensor import NO_RULE, Split, cuts_of, joined, local_of, made, rule
+from ringfold.parallel.split.tensor import NO_RULE, Split, joined, local_of, made, rule, undivided
 from torch import Tensor
 
 __all__ = ["reshaped"]
@@ -140,19 +140,12 @@ def _cat(func: Any, tensors: Sequence[Tensor], dim: int = 0, **kwargs: Any) -> A
         return NO_RULE
     tensors = [one for one in tensors if one.shape != (0,)] or tensors  # those count for nothing, whatever the others' dimensions
     dim %= tensors[0].dim()
-    whole = [_undivided(one, dim, "cat") for one in tensors]  # parts of what is put together would lie elsewhere
+    whole = [undivided(one, [dim], "cat") for one in tensors]  # parts of what is put together would lie elsewhere
     labels = [[(dim, place) if d == dim else d for d in range(one.dim())] for place, one in enumerate(whole)]
     found = agree(whole, labels, "cat")
     shape = list(whole[0].shape)
     shape[dim] = sum(one.shape[dim] for one in whole)
     return made(torch.cat(found.locals, dim), shape, found.cuts(range(len(shape))), found.terms)
-
-
-def _undivided(tensor: Tensor, dim: int, why: str) -> Tensor:
-    for cut in cuts_of(tensor):
-        if cut.dim == dim:
-            tensor = joined(tensor, cut.axis, why)
-    return tensor
 
 
 @rule(*functions("stack"))
