@@ -46,8 +46,9 @@ class Trained:
     records: list[dict[str, float]]
 
 
-def train(folder: Path, ranks: int, text: Path, steps: int, *more: str) -> Trained:
-    done = run(folder, ranks, *TINY, "--data", str(text), "--steps", str(steps), *more, options=("--log-dir", "logs"))
+def train(folder: Path, ranks: int, text: Path, steps: int, *more: str, layout: str = "") -> Trained:
+    options = ("--log-dir", "logs", *(("--layout", layout) if layout else ()))
+    done = run(folder, ranks, *TINY, "--data", str(text), "--steps", str(steps), *more, options=options)
     assert done.returncode == 0, done.stdout + done.stderr
     return Trained(folder, done.stdout, records(folder / "logs" / "metrics.jsonl"))
 
@@ -82,6 +83,14 @@ def test_two_ranks_resume_from_one_and_learn_what_one_learns(on_one_rank: Traine
     one, two = (trained.records[-1]["validation_loss"] for trained in (on_one_rank, on_two_ranks))
     assert two == pytest.approx(one, abs=SAME)
     assert two < losses(on_two_ranks)[0]
+
+
+@pytest.mark.parametrize(("ranks", "layout"), [(2, "dp1 tp2"), (2, "dp1 cp2"), pytest.param(4, "dp2 tp2 zero3", marks=pytest.mark.slow)])
+def test_any_layout_of_the_launcher_learns_what_one_rank_learns(ranks: int, layout: str, on_one_rank: Trained, text: Path, tmp_path: Path) -> None:
+    trained = train(tmp_path, ranks, text, 6, layout=layout)
+    assert losses(trained) == pytest.approx(losses(on_one_rank), abs=SAME)
+    assert trained.records[-1]["validation_loss"] == pytest.approx(on_one_rank.records[-1]["validation_loss"], abs=SAME)
+    assert (tmp_path / "run" / "step-6" / "manifest.json").exists()
 
 
 def test_it_tells_the_loss_a_sample_and_where_everything_is(on_two_ranks: Trained) -> None:

@@ -109,7 +109,10 @@ def train(world: Communicator, name: str, layout: str) -> dict[str, Any]:
     return found | {"weights": weights, "gathered": gathered}
 
 
-@pytest.mark.parametrize(("size", "layout"), [(2, "tp2"), (2, "cp2"), (2, "cp2:ulysses"), (4, "tp2 cp2"), (4, "dp2 tp2 zero3")])
+SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in ((2, "tp2"), (2, "cp2"), (2, "cp2:ulysses"))]
+
+
+@pytest.mark.parametrize(("size", "layout"), [(4, "tp2 cp2"), (4, "dp2 tp2 zero3"), *SLOW])
 @pytest.mark.parametrize("name", MODELS)
 def test_layouts_have_the_numbers_of_one_process(name: str, size: int, layout: str) -> None:
     expected = plain_training(name)
