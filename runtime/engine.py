@@ -135,7 +135,7 @@ class Engine:
                 self.module.named_parameters(), self._replicas, averaged=False, bucket_mb=bucket_mb, sparse=sparse_parameter_names(self.module)
             )
         self._how_built = built.how
-        self._state = ModelState(self.module, self._sharding, self._division, mesh.world)
+        self._state = ModelState(self.module, self._sharding, self._division, mesh.rank)
         self.optimizer = make_optimizer(optimizer, self.module)
         if self._sharding is not None:
             self._sharding.cut(self.optimizer)
@@ -351,7 +351,7 @@ class Engine:
             directory,
             step=self.step,
             model_state=self._state.parts(),
-            optimizer_state=self._state.optimizer_parts(self.optimizer),
+            optimizer_state=checkpoint.optimizer_state_by_name(self.optimizer, self._state.pieces()),
             extra=extra,
             asynchronous=asynchronous,
         )

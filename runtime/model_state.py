@@ -16,30 +16,27 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from ringfold.collectives.communicator import Communicator
 from ringfold.collectives.errors import ConfigError
 from ringfold.parallel.zero.sharding import Sharding
 from ringfold.runtime import checkpoint
 from ringfold.runtime.division import Division
-from ringfold.runtime.recut import Recut
 from torch import Tensor, nn
 
 __all__ = ["ModelState"]
 
 
 class ModelState:
-    """The state of `module` on the ranks of `comm`; `sharding` is None where every rank holds all of its part. Methods are collective."""
+    """The state of `module` on rank `rank`; `sharding` is None where every rank holds all of its part. Methods are collective."""
 
-    def __init__(self, module: nn.Module, sharding: Sharding | None, division: Division, comm: Communicator) -> None:
+    def __init__(self, module: nn.Module, sharding: Sharding | None, division: Division, rank: int) -> None:
         self._module = module
         self._sharding = sharding
         self._division = division
         self._tensor = division.tensor
-        self._rank = comm.rank
+        self._rank = rank
         self.shards_parameters = sharding is not None and sharding.stage == 3
         self._has_masters = sharding is not None and sharding.has_masters
         self._in_pieces = self.shards_parameters or self._has_masters
-        self._recut = None if division.tensor is None else Recut(module, division.tensor, sharding, comm)
 
     @contextmanager
     def everything(self, write: bool = False) -> Iterator[None]:
@@ -95,23 +92,14 @@ class ModelState:
         Statistics of a BatchNorm that is not synchronised differ between ranks, and those of one rank belong together.
         """
         parameters = {name for name, _ in self._module.named_parameters(remove_duplicate=False)}
-        found = {name: value for name, value in self._all_parts().items() if self._rank == 0 or name in parameters}
-        return found if self._recut is None else found | self._recut.model_ranges()
-
-    def optimizer_parts(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """Return what this rank saves of the optimizer's state."""
-        found = checkpoint.optimizer_state_by_name(optimizer, self.pieces())
-        return found if self._recut is None else self._recut.optimizer_ranges(optimizer, found)
+        return {name: value for name, value in self._all_parts().items() if self._rank == 0 or name in parameters}
 
     def restore(self, found: checkpoint.Checkpoint, optimizer: torch.optim.Optimizer) -> None:
         """Load a checkpoint into model and optimizer, both or neither.
 
         Raises: Incompatible, Corrupt, Incomplete, before anything is changed.
         """
-        if self._recut is None:
-            found.restore(self._all_parts() if self._in_pieces else self._module, optimizer, self.pieces(), cast=True)
-        else:
-            self._recut.restore(found, self._all_parts(), optimizer, self.pieces())
+        found.restore(self._all_parts() if self._in_pieces else self._module, optimizer, self.pieces(), cast=True)
         if self._sharding is not None:
             self._sharding.settle()
 
