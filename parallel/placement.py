@@ -187,7 +187,8 @@ class Local:
             if isinstance(kind, Partial):
                 raise ConfigError(f"{self.placement.name} is partial along {axis}: its values are known when its terms are summed")
             if isinstance(kind, Shard) and not 0 <= self.coordinate.get(axis, -1) < self.sizes.get(axis, 0):
-                raise ConfigError(f"{self} is nowhere: axis {axis} shards it, over sizes {dict(self.sizes)}")
+                place, sizes = dict(self.coordinate), dict(self.sizes)
+                raise ConfigError(f"axis {axis} shards {self.placement.name}, and a mesh of sizes {sizes} has no coordinate {place}")
 
     def __hash__(self) -> int:
         return hash((self.placement, tuple(self.coordinate.items()), tuple(self.sizes.items())))
