@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from click.testing import CliRunner
 from ringfold.collectives.communicator import Communicator
 from ringfold.collectives.errors import CheckpointError, ConfigError, Corrupt, Incompatible, Incomplete
-from ringfold.parallel.placement import Placement, Shard
+from ringfold.parallel.placement import Local, Placement, Shard
 from ringfold.runtime import checkpoint
-from ringfold.runtime.checkpoint import Piece, TensorPart
-from ringfold.runtime.checkpoint.__main__ import main
+from ringfold.runtime.checkpoint import Piece, TensorPart, assembly
 from ringfold.runtime.checkpoint.manifest import Manifest, Part
 from ringfold.runtime.engine import Engine
 from safetensors import safe_open
@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tests.checkpoint.state import flip
+from tests.checkpoint.test_commands import anonymous_nbytes, run
 from tests.harness import run_ranks
 from tests.parallel.test_engine import LEARNING_RATE, global_batches, make_engine, mine
 from tests.parallel.test_tensor_parallel import writer
@@ -166,13 +167,13 @@ def test_one_process_reads_and_exports_whole_tensors(saved: dict[str, tuple[Path
     for name, entries in expected_state.items():
         assert_same_bits(state["state"][name], entries)
     target = tmp_path / "model.safetensors"
-    assert command("export", folder, "--to", target)[0] == 0
+    assert run("export", folder, "--to", target)[0] == 0
     assert_same_bits(load_file(target), {name: value for name, value in expected.items() if name != "head.weight"})
     with safe_open(target, framework="pt") as file:
         assert file.metadata()["head.weight"] == "embed.weight"
-    code, output = command("verify", folder)
+    code, output = run("verify", folder)
     assert (code, ": right;" in output) == (0, True)
-    assert command("ls", folder)[1].split()[-2:] == [str(SAVED[layout]), "complete"]
+    assert run("ls", folder)[1].split()[-2:] == [str(SAVED[layout]), "complete"]
 
 
 def test_copies_are_saved_once_and_parts_of_all_coordinates_are(saved: dict[str, tuple[Path, dict[str, Tensor], Whole]]) -> None:
@@ -192,10 +193,61 @@ def numel(folder: Path, name: str, part: Part) -> int:
         return int(file.get_tensor(part.key(name)).numel())
 
 
-def command(*words: object) -> tuple[int, str]:
-    result = CliRunner().invoke(main, [str(word) for word in words])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result.exit_code, result.output
+def save_without_pieces(world: Communicator, folder: Path) -> dict[str, Tensor]:
+    right = Placement.at
+
+    def at(self: Placement, coordinate: Mapping[str, int], sizes: Mapping[str, int]) -> Local:
+        axes = {axis: Shard(kind.dim) if isinstance(kind, Shard) else kind for axis, kind in self.axes.items()}
+        return right(replace(self, axes=axes), coordinate, sizes)
+
+    Placement.at = at  # type: ignore[method-assign]
+    try:
+        return save(world, folder, "tp2")[0]
+    finally:
+        Placement.at = right  # type: ignore[method-assign]
+
+
+def test_the_comparison_sees_q_k_and_v_that_are_told_as_the_halves_of_one(tmp_path: Path) -> None:
+    weights = run_ranks(2, save_without_pieces, tmp_path)[0]
+    found = checkpoint.load(tmp_path).model_state()
+    differing = {name for name, value in weights.items() if not torch.equal(found[name], value)}
+    assert differing == {f"blocks.{k}.attn.c_attn.{which}" for k in (0, 1) for which in ("weight", "bias")}
+
+
+# -- memory ---------------------------------------------------------------------------------------------------------------------------------
+
+NBYTES, TENSORS = 8 << 20, 8
+LARGE = (1 << 11, 1 << 10)
+
+
+def large(name: str, place: int, size: int) -> TensorPart:
+    return rows(LARGE, place, size, name)
+
+
+def save_large(world: Communicator, folder: Path) -> None:
+    checkpoint.save(folder / "step-1", step=1, model_state={f"w{k}": large(f"w{k}", world.rank, 2) for k in range(TENSORS)}, comm=world)
+
+
+def measure_load(folder: Path) -> int:
+    """Return how much memory of its own a process has at most while it loads, more than before."""
+    highest, original = 0, assembly._Reading.deliver
+    wanted = {f"w{k}": large(f"w{k}", 1, 3) for k in range(TENSORS)}
+    before = anonymous_nbytes()
+
+    def watched(self: Any, flat: Tensor) -> None:
+        nonlocal highest
+        original(self, flat)
+        highest = max(highest, anonymous_nbytes())
+
+    assembly._Reading.deliver = watched  # type: ignore[method-assign]
+    checkpoint.load(folder).load_model(wanted)
+    return highest - before
+
+
+def test_loading_takes_the_memory_of_what_is_wanted_and_of_one_tensor(tmp_path: Path) -> None:
+    run_ranks(2, save_large, tmp_path)
+    (more,) = run_ranks(1, measure_load, tmp_path, joined=False)
+    assert more < TENSORS * NBYTES / 3 + 1.5 * NBYTES
 
 
 # -- damage ---------------------------------------------------------------------------------------------------------------------------------
@@ -240,7 +292,7 @@ def test_a_damaged_part_is_named_with_its_file(
         assert str(folder if damage == "not in the manifest" else folder / part.file) in text
         assert "There is no complete checkpoint before it" in text
     if damage != "not in the manifest":
-        code, output = command("verify", folder)
+        code, output = run("verify", folder)
         assert code == 1
         assert part.file in output
         assert DIVIDED in output
