@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 
 import torch
@@ -74,6 +74,15 @@ class Placement:
 
     def __hash__(self) -> int:
         return hash((self.name, self.shape, tuple(self.axes.items())))
+
+    def at(self, coordinate: Mapping[str, int], sizes: Mapping[str, int]) -> Local:
+        """Return what the rank at `coordinate` holds, told by the axes that shard the tensor alone: copies are equal.
+
+        Raises:
+            ConfigError: as Local.
+        """
+        axes = [axis for axis, kind in self.axes.items() if isinstance(kind, Shard)]
+        return Local(self, *({axis: of[axis] for axis in axes if axis in of} for of in (coordinate, sizes)))
 
     def local_shape(self, coordinate: Mapping[str, int], sizes: Mapping[str, int]) -> tuple[int, ...]:
         """Return the shape of the local tensor at `coordinate`; a length may be 0."""
@@ -159,6 +168,52 @@ class Placement:
     def _require(self, what: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
         if tuple(tensor.shape) != shape:
             raise ConfigError(f"{self.name}: the {what} tensor has shape {tuple(tensor.shape)}, expected {shape}")
+
+
+@dataclass(frozen=True)
+class Local:
+    """The local tensor at `coordinate` of `placement`, on a mesh of which the axes have `sizes`; `Placement.at` makes it.
+
+    Raises:
+        ConfigError: the placement shards an axis that has no such coordinate, or the tensor is partial (no term of a sum has its values).
+    """
+
+    placement: Placement
+    coordinate: Mapping[str, int] = field(default_factory=dict)
+    sizes: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for axis, kind in self.placement.axes.items():
+            if isinstance(kind, Partial):
+                raise ConfigError(f"{self.placement.name} is partial along {axis}: its values are known when its terms are summed")
+            if isinstance(kind, Shard) and not 0 <= self.coordinate.get(axis, -1) < self.sizes.get(axis, 0):
+                place, sizes = dict(self.coordinate), dict(self.sizes)
+                raise ConfigError(f"axis {axis} shards {self.placement.name}, and a mesh of sizes {sizes} has no coordinate {place}")
+
+    def __hash__(self) -> int:
+        return hash((self.placement, tuple(self.coordinate.items()), tuple(self.sizes.items())))
+
+    def __str__(self) -> str:
+        place = " ".join(f"{axis}{place}" for axis, place in self.coordinate.items())
+        return " ".join(filter(None, [self.placement.name, str(self.placement.shape), place and f"at {place}"]))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the local tensor; a length may be 0."""
+        return self.placement.local_shape(self.coordinate, self.sizes)
+
+    def blocks(self) -> Iterator[tuple[Slices, Slices]]:
+        """Yield (slices of the global tensor, slices of the local one) for each block."""
+        return self.placement.blocks(self.coordinate, self.sizes)
+
+    def named(self, name: str) -> Local:
+        """Return the same place of another tensor: one that has a value for each element of this one."""
+        return replace(self, placement=replace(self.placement, name=name))
+
+    def everywhere(self) -> Iterator[Local]:
+        """Yield the local tensors that together are the global one, in the order of their coordinates."""
+        for places in product(*(range(size) for size in self.sizes.values())):
+            yield replace(self, coordinate=dict(zip(self.sizes, places, strict=True)))
 
 
 def _split(runs: list[tuple[int, int]], pieces: tuple[int, ...]) -> list[tuple[int, int]]:

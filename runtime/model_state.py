@@ -6,7 +6,7 @@
     bf16, fp16        in float32 masters: the module's parameters are rounded from them
     tp                in parts, each of which lies as one of the above
 
-`parts` is what this rank saves and what it wants back: whole tensors, or its pieces where what is trained is in pieces.
+`parts` is what this rank saves and what it wants back: whole tensors, its part under tp, or its pieces where what is trained is in pieces.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from ringfold.collectives.errors import ConfigError
+from ringfold.parallel.placement import Local
 from ringfold.parallel.zero.sharding import Sharding
 from ringfold.runtime import checkpoint
 from ringfold.runtime.division import Division
@@ -36,7 +37,8 @@ class ModelState:
         self._rank = rank
         self.shards_parameters = sharding is not None and sharding.stage == 3
         self._has_masters = sharding is not None and sharding.has_masters
-        self._in_pieces = self.shards_parameters or self._has_masters
+        self._locals = self._find_locals()
+        self._in_parts = self.shards_parameters or self._has_masters or bool(self._locals)
 
     @contextmanager
     def everything(self, write: bool = False) -> Iterator[None]:
@@ -99,30 +101,44 @@ class ModelState:
 
         Raises: Incompatible, Corrupt, Incomplete, before anything is changed.
         """
-        found.restore(self._all_parts() if self._in_pieces else self._module, optimizer, self.pieces(), cast=True)
+        found.restore(self._all_parts() if self._in_parts else self._module, optimizer, self.pieces(), cast=True)
         if self._sharding is not None:
             self._sharding.settle()
 
-    def pieces(self) -> list[tuple[str, nn.Parameter | checkpoint.Piece]]:
+    def pieces(self) -> list[tuple[str, checkpoint.Piece]]:
         """Return what the optimizer steps on here, with the names of the parameters."""
-        if self._sharding is None:
-            return list(self._module.named_parameters())
-        kept = [] if self.shards_parameters else [(name, p) for name, p in self._module.named_parameters() if not p.requires_grad]
-        return [*kept, *((name, checkpoint.Piece(piece, start, shape)) for name, piece, start, shape in self._sharding.named_pieces())]
+        parameters = dict(self._module.named_parameters())
+        cut = [] if self._sharding is None else self._sharding.named_pieces()
+        kept = [] if self.shards_parameters else [(name, p) for name, p in parameters.items() if self._sharding is None or not p.requires_grad]
+        return [
+            *((name, checkpoint.Piece(parameter, 0, self._of(parameter, parameter.shape))) for name, parameter in kept),
+            *((name, checkpoint.Piece(piece, start, self._of(parameters[name], shape))) for name, piece, start, shape in cut),
+        ]
 
     def _all_parts(self) -> dict[str, Any]:
-        state = self._module.state_dict()
-        if self._sharding is None or not self._in_pieces:
-            return state
         parameters = dict(self._module.named_parameters(remove_duplicate=False))
-        mine = {id(parameters[name]): (piece, start) for name, piece, start, _ in self._sharding.named_pieces()}
-        found: dict[str, Any] = {}
-        for name, value in state.items():
+        cut = [] if self._sharding is None else self._sharding.named_pieces()
+        mine = {id(parameters[name]): (piece, start) for name, piece, start, _ in cut}
+        found = self._module.state_dict()
+        for name, value in found.items():
             parameter = parameters.get(name)
-            if parameter is None or not (self.shards_parameters or parameter.requires_grad):
-                found[name] = value
+            if parameter is None:
                 continue
-            nothing = torch.empty(0, dtype=self._sharding.trained_dtype(parameter), device=value.device)
-            piece, start = mine.get(id(parameter), (nothing, 0))
-            found[name] = checkpoint.TensorPart(piece.detach(), tuple(value.shape), start)
+            if self._sharding is not None and (self.shards_parameters or (self._has_masters and parameter.requires_grad)):
+                nothing = torch.empty(0, dtype=self._sharding.trained_dtype(parameter), device=value.device)
+                piece, start = mine.get(id(parameter), (nothing, 0))
+                found[name] = checkpoint.TensorPart(piece.detach(), self._of(parameter, value.shape), start)
+            elif id(parameter) in self._locals:
+                found[name] = checkpoint.TensorPart(value.view(-1), self._locals[id(parameter)], 0)
         return found
+
+    def _of(self, parameter: nn.Parameter, shape: torch.Size) -> tuple[int, ...] | Local:
+        return self._locals.get(id(parameter), tuple(shape))
+
+    def _find_locals(self) -> dict[int, Local]:
+        """Return what this rank has of the parameters that are divided, by id."""
+        if self._tensor is None:
+            return {}
+        axis, parameters = self._tensor.axis, dict(self._module.named_parameters())
+        placements = self._tensor.placements().items()
+        return {id(parameters[name]): placement.at({axis.name: axis.rank}, {axis.name: axis.size}) for name, placement in placements}

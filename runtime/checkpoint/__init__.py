@@ -6,7 +6,7 @@
     checkpoint.load_model(module); checkpoint.load_optimizer(optimizer, named); checkpoint.extra()
 
 Every rank writes a share, and reads what it wants. State may be in pieces: TensorPart says which elements of a tensor a value is, Piece which
-of a parameter an optimizer holds; another number of ranks, or none at all, loads it. The manifest tells each tensor by its Placement.
+of a parameter an optimizer holds, either of the whole tensor or of what a Placement gives this rank (Local); any other mesh loads it.
 """
 
 from ringfold.runtime.checkpoint.optimizer import load_optimizer_state, optimizer_state_by_name

@@ -1,33 +1,38 @@
 """Putting tensors together: any ranges of any tensors of a checkpoint, from whatever parts they were saved in.
 
-A part is read wholly, its hash checked, then what is wanted of it is copied; parts that touch nothing wanted are not read. So memory is
-that of what is wanted and of one part. Tensors that axes of a mesh shard are put together wholly, then cut.
+A part is read wholly, its hash checked, then what is wanted of it is copied to where it is wanted (boxes.py); parts that touch nothing wanted
+are not read. So memory is that of what is wanted and of one part, however axes of a mesh sharded the tensor then, or do now.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from ringfold.collectives.errors import ConfigError, Corrupt, Incomplete
-from ringfold.runtime.checkpoint.manifest import Part, TensorEntry
+from ringfold.parallel.placement import Local
+from ringfold.runtime.checkpoint.boxes import Box, boxes, overlaps
+from ringfold.runtime.checkpoint.manifest import NAME, Part, TensorEntry
+from ringfold.runtime.checkpoint.part import local_whole
 from ringfold.runtime.checkpoint.tensor_file import read_each
 
 
 class Range(NamedTuple):
-    """Elements `start` to `stop` of a tensor flattened."""
+    """Elements `start` to `stop` of a flattened local tensor: of what a rank now wants of the tensor, however it was placed when it was saved."""
 
     tensor: str
+    local: Local
     start: int
     stop: int
 
 
 def whole(name: str, entry: TensorEntry) -> Range:
     """Return the range that is all of a tensor."""
-    return Range(name, 0, prod(entry.placement.shape))
+    return Range(name, local_whole(entry.placement.shape, name), 0, prod(entry.placement.shape))
 
 
 def read_ranges(folder: Path, tensors: Mapping[str, TensorEntry], sizes: Mapping[str, int], ranges: Collection[Range]) -> dict[Range, torch.Tensor]:
@@ -37,114 +42,77 @@ def read_ranges(folder: Path, tensors: Mapping[str, TensorEntry], sizes: Mapping
         Incomplete: a file is missing, or parts of a tensor.
         Corrupt: bytes are not those that were written; every file and tensor concerned is named.
     """
-    found: dict[Range, torch.Tensor] = {}
-    plain = [one for one in ranges if not tensors[one.tensor].placement.axes]
-    targets: dict[str, list[_Target]] = {}
-    for one in plain:
-        found[one] = torch.empty(one.stop - one.start, dtype=_dtype(tensors[one.tensor]), device="cpu")
-        targets.setdefault(one.tensor, []).append(_Target(one.start, found[one], prod(tensors[one.tensor].placement.shape)))
-    reading = [_Reading(name, part, wanted) for name, wanted in targets.items() for part in tensors[name].parts]
-    sharded = {one.tensor: _Sharded(tensors[one.tensor], sizes) for one in ranges if tensors[one.tensor].placement.axes}
-    for name, shards in sharded.items():
-        reading += [_Reading(name, part, [shards.target(part)]) for part in tensors[name].parts]
-    _read(folder, tensors, reading)
-    fulls = {name: shards.full().reshape(-1) for name, shards in sharded.items()}
-    for one in ranges:
-        if one.tensor in fulls:
-            found[one] = fulls[one.tensor][one.start : one.stop].clone()
-    return found
+    targets = {one: _Target(one, _dtype(tensors[one.tensor])) for one in ranges}
+    of_tensor: dict[str, list[_Target]] = {}
+    for one, target in targets.items():
+        of_tensor.setdefault(one.tensor, []).append(target)
+    reading = [_reading(folder, name, tensors[name], part, sizes, wanted) for name, wanted in of_tensor.items() for part in tensors[name].parts]
+    _read(folder, tensors, [one for one in reading if one.is_needed])
+    for one, target in targets.items():
+        if target.filled != target.values.numel():
+            raise Incomplete(f"the parts of {one.tensor} in {folder} do not make up the whole of it.")
+    return {one: target.values for one, target in targets.items()}
 
 
 class _Target:
-    """Memory for the elements from `start` on of a flattened local tensor that has `length` in all; counts what was filled."""
+    """Memory for a range; counts what was filled."""
 
-    def __init__(self, start: int, values: torch.Tensor, length: int) -> None:
-        self.start, self.values, self.length = start, values, length
+    def __init__(self, one: Range, dtype: torch.dtype) -> None:
+        self.values = torch.empty(one.stop - one.start, dtype=dtype, device="cpu")
+        self.boxes = boxes(one.local, one.start, one.stop)
         self.filled = 0
 
-    def overlap(self, part: Part) -> tuple[int, int]:
-        start, stop = part.range or (0, self.length)
-        return max(start, self.start), min(stop, self.start + self.values.numel())
 
-    def fill(self, part: Part, flat: torch.Tensor) -> None:
-        first, last = self.overlap(part)
-        begins = part.range[0] if part.range else 0
-        if first < last:
-            self.values[first - self.start : last - self.start] = flat[first - begins : last - begins]
-            self.filled += last - first
-
-
-class _Reading(NamedTuple):
-    """A part to read, and where its elements go."""
+@dataclass(frozen=True)
+class _Reading:
+    """A part to read, of `length` elements, and which of its boxes go where."""
 
     tensor: str
     part: Part
-    targets: list[_Target]
+    length: int
+    copies: list[tuple[_Target, Box, Box]]
+    is_needed: bool
 
-    @property
-    def is_needed(self) -> bool:
-        # An empty tensor has a part of nothing, which is read all the same: its file may be damaged.
-        return any(target.overlap(self.part)[0] < target.overlap(self.part)[1] or target.length == 0 for target in self.targets)
+    def deliver(self, flat: torch.Tensor) -> None:
+        for target, theirs, mine in self.copies:
+            mine.view(target.values).copy_(theirs.view(flat))
+            target.filled += mine.numel
 
 
-class _Sharded:
-    """A tensor of which each coordinate of a mesh holds a local tensor."""
-
-    def __init__(self, entry: TensorEntry, sizes: Mapping[str, int]) -> None:
-        self._entry, self._sizes = entry, sizes
-        self._locals: dict[tuple[tuple[str, int], ...], _Target] = {}
-
-    def target(self, part: Part) -> _Target:
-        place = tuple(sorted(part.coordinate.items()))
-        if place not in self._locals:
-            try:
-                length = prod(self._entry.placement.local_shape(part.coordinate, self._sizes))
-            except KeyError as error:
-                raise Corrupt(f"a part of {self._entry.placement.name} lies on no coordinate of the mesh: {error}") from None
-            self._locals[place] = _Target(0, torch.empty(length, dtype=_dtype(self._entry), device="cpu"), length)
-        return self._locals[place]
-
-    def full(self) -> torch.Tensor:
-        placement = self._entry.placement
-        full = torch.zeros(placement.shape, dtype=_dtype(self._entry), device="cpu")
-        for place, target in self._locals.items():
-            coordinate = dict(place)
-            try:
-                placement.put(full, target.values.view(placement.local_shape(coordinate, self._sizes)), coordinate, self._sizes)
-            except (ConfigError, KeyError) as error:
-                raise Corrupt(f"the parts of {placement.name} do not fit its placement: {error}") from None
-        return full
+def _reading(folder: Path, tensor: str, entry: TensorEntry, part: Part, sizes: Mapping[str, int], wanted: Collection[_Target]) -> _Reading:
+    try:
+        local = entry.placement.at(part.coordinate, sizes)
+    except ConfigError as error:
+        raise Corrupt(f"{folder / NAME}: the part of {tensor} in {part.file} lies on no coordinate of the mesh that saved it: {error}.") from None
+    start, stop = part.range or (0, prod(local.shape))
+    held = boxes(local, start, stop)
+    copies = [(target, theirs, mine) for target in wanted for theirs, mine in overlaps(held, target.boxes)]
+    # An empty tensor has a part of nothing, which is read all the same: its file may be damaged.
+    return _Reading(tensor, part, stop - start, copies, bool(copies) or 0 in entry.placement.shape)
 
 
 def _read(folder: Path, tensors: Mapping[str, TensorEntry], reading: Collection[_Reading]) -> None:
     by_file: dict[str, dict[str, _Reading]] = {}
     for one in reading:
-        if one.is_needed:
-            by_file.setdefault(one.part.file, {})[one.part.key(one.tensor)] = one
+        by_file.setdefault(one.part.file, {})[one.part.key(one.tensor)] = one
     problems: list[Corrupt | Incomplete] = []
     for file, parts in by_file.items():
         try:
             for key, read in read_each(folder / file, {key: one.part.sha256 for key, one in parts.items()}):
-                one = parts[key]
-                _require_form(folder / file, one, read, tensors[one.tensor])
-                for target in one.targets:
-                    target.fill(one.part, read.reshape(-1))
+                _require_form(folder / file, parts[key], read, tensors[parts[key].tensor])
+                parts[key].deliver(read.reshape(-1))
         except (Corrupt, Incomplete) as error:
             problems.append(error)
     if problems:
         raise type(problems[0])("\n".join(map(str, problems)))
-    for one in reading:
-        if any(target.filled != target.values.numel() for target in one.targets):
-            raise Incomplete(f"the parts of {one.tensor} in {folder} do not make up the whole of it.")
 
 
 def _require_form(path: Path, one: _Reading, read: torch.Tensor, entry: TensorEntry) -> None:
     dtype = str(read.dtype).removeprefix("torch.")
     if dtype != entry.dtype:
         raise Corrupt(f"{path}: {one.tensor} is {dtype} in its file, and {entry.dtype} in the manifest.")
-    length = one.part.range[1] - one.part.range[0] if one.part.range else one.targets[0].length
-    if read.numel() != length:
-        raise Corrupt(f"{path}: {one.tensor} has {read.numel()} elements in its file, and {length} in the manifest.")
+    if read.numel() != one.length:
+        raise Corrupt(f"{path}: {one.tensor} has {read.numel()} elements in its file, and {one.length} in the manifest.")
 
 
 def _dtype(entry: TensorEntry) -> torch.dtype:

@@ -38,8 +38,8 @@ def _untied(section: Section, wanted: Mapping[str, Any], saved: Mapping[str, str
         if stored is None or not isinstance(values, torch.Tensor) or values.numel() == 0:
             continue
         known = first.setdefault((values.data_ptr(), values.shape, values.stride(), start), name)
-        hashes = [(part.range, part.sha256) for part in section.tensors[stored].parts]
-        if hashes != [(part.range, part.sha256) for part in section.tensors[saved[known] or stored].parts]:
+        hashes = [(part.coordinate, part.range, part.sha256) for part in section.tensors[stored].parts]
+        if hashes != [(part.coordinate, part.range, part.sha256) for part in section.tensors[saved[known] or stored].parts]:
             differences.append(f"tied in the model, and different in the checkpoint: {known} and {name}")
     return differences
 

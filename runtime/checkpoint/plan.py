@@ -1,11 +1,12 @@
 """The plan of a save: which rank writes which range of which tensor, worked out alike by all ranks from what each of them holds.
 
-    catalogue of a rank   {section: tree, {tensor: dtype, shape, start, stop}}
+    catalogue of a rank   {section: tree, {tensor: dtype, placement and coordinate, start, stop}}
     1  ranks compare digests of their catalogues, and exchange only the sections that differ
     2  pieces that several ranks hold are written once; if one is more than a rank's share, several ranks write a range of it each
     3  the largest first, each goes to the rank among its holders that has least to write
 
-Ranks that nearly tie are taken in order, so a small checkpoint is one file. The plan covers every tensor or is refused.
+Ranks that nearly tie are taken in order, so a small checkpoint is one file. The plan covers every tensor, at each coordinate of its
+placement, or is refused.
 """
 
 from __future__ import annotations
@@ -19,26 +20,34 @@ from math import prod
 from typing import Any, NamedTuple
 
 from ringfold.collectives.errors import CheckpointError
+from ringfold.parallel.placement import Local
 from ringfold.runtime.checkpoint.agreement import Ranks
 from ringfold.runtime.checkpoint.manifest import part_key
-from ringfold.runtime.checkpoint.part import TensorPart
+from ringfold.runtime.checkpoint.part import TensorPart, local_whole
 from ringfold.runtime.checkpoint.tree import Leaf, merge
 
 SLACK_NBYTES = 1 << 20  # A rank may have so much more to write than the least loaded one: below that another file costs more than it saves.
 
 
 class Held(NamedTuple):
-    """What a rank holds of a tensor: elements `start` to `stop` of it flattened."""
+    """What a rank holds of a tensor: elements `start` to `stop` of its local tensor flattened."""
 
     dtype: str
     element_nbytes: int
-    shape: tuple[int, ...]
+    local: Local
     start: int
     stop: int
 
     @property
     def is_whole(self) -> bool:
-        return (self.start, self.stop) == (0, prod(self.shape))
+        return (self.start, self.stop) == (0, prod(self.local.shape))
+
+    @property
+    def form(self) -> str:
+        """What all ranks say alike of the tensor."""
+        placement = self.local.placement
+        divided = f" divided as {dict(placement.axes)} over {dict(self.local.sizes)}" if self.local.sizes else ""
+        return f"{self.dtype} {list(placement.shape)}{divided}"
 
 
 class Written(NamedTuple):
@@ -47,6 +56,7 @@ class Written(NamedTuple):
     rank: int
     section: str
     tensor: str
+    coordinate: Mapping[str, int]
     start: int
     stop: int
     key: str
@@ -63,19 +73,20 @@ class Catalogue:
     @classmethod
     def of(cls, leaves: Mapping[str, Leaf], tree: Any) -> Catalogue:
         """Return the catalogue of what `encode` returned."""
-        return cls(tree, {name: _held(leaf) for name, leaf in leaves.items()})
+        return cls(tree, {name: _held(name, leaf) for name, leaf in leaves.items()})
 
     def digest(self) -> str:
         """Return a text that two catalogues share only if they are equal."""
-        return hashlib.sha256(json.dumps([self.tree, self.tensors]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([self.tree, self.tensors], default=repr).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that will be in the checkpoint, and who writes it."""
+    """Everything that will be in the checkpoint, and who writes it; `sizes` are the axes that divide any of its tensors."""
 
     trees: dict[str, Any]
     tensors: dict[str, dict[str, Held]]
+    sizes: dict[str, int]
     written: list[Written]
     files: dict[tuple[str, int], str]
 
@@ -100,14 +111,25 @@ def make_plan(comm: Ranks | None, mine: Mapping[str, Catalogue], mergers: Mappin
         tensors[name] = {tensor: next(iter(of)) for tensor, of in held_by.items()}
         pieces += [(name, tensor, held, ranks) for tensor, of in held_by.items() for held, ranks in of.items()]
     written = _assigned(pieces, size)
-    return Plan(trees, tensors, written, _file_names(written))
+    return Plan(trees, tensors, _sizes(tensors), written, _file_names(written))
 
 
-def _held(leaf: Leaf) -> Held:
-    values = leaf.values if isinstance(leaf, TensorPart) else leaf
-    dtype = str(values.dtype).removeprefix("torch.")
-    start, stop = (leaf.start, leaf.stop) if isinstance(leaf, TensorPart) else (0, values.numel())
-    return Held(dtype, values.element_size(), tuple(leaf.shape), start, stop)
+def _held(name: str, leaf: Leaf) -> Held:
+    if isinstance(leaf, TensorPart):
+        values, local, start, stop = leaf.values, leaf.local.named(name), leaf.start, leaf.stop
+    else:
+        values, local, start, stop = leaf, local_whole(tuple(leaf.shape), name), 0, leaf.numel()
+    return Held(str(values.dtype).removeprefix("torch."), values.element_size(), local, start, stop)
+
+
+def _sizes(tensors: Mapping[str, Mapping[str, Held]]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for section, of_name in tensors.items():
+        for name, held in of_name.items():
+            for axis, size in held.local.sizes.items():
+                if found.setdefault(axis, size) != size:
+                    raise CheckpointError(f"{section}: {name} is divided over {size} ranks of {axis}, and others over {found[axis]}; save one mesh's")
+    return found
 
 
 def _exchanged(comm: Ranks | None, mine: Mapping[str, Catalogue]) -> dict[str, list[Catalogue]]:
@@ -123,29 +145,35 @@ def _exchanged(comm: Ranks | None, mine: Mapping[str, Catalogue]) -> dict[str, l
 
 
 def _by_tensor(section: str, catalogues: Sequence[Catalogue]) -> dict[str, dict[Held, list[int]]]:
-    """Return {tensor: {piece: the ranks that hold it}}, pieces in order; refuse what is not exactly one tensor."""
+    """Return {tensor: {piece: the ranks that hold it}}, pieces of each coordinate in order; refuse what is not exactly one tensor."""
     found: dict[str, dict[Held, list[int]]] = {}
     for rank, catalogue in enumerate(catalogues):
         for name, held in catalogue.tensors.items():
             of_tensor = found.setdefault(name, {})
             first = next(iter(of_tensor), held)
-            if (held.dtype, held.shape) != (first.dtype, first.shape):
-                ours, theirs = f"{held.dtype} {list(held.shape)}", f"{first.dtype} {list(first.shape)}"
-                raise CheckpointError(f"{section}: {name} is {ours} on rank {rank}, and {theirs} on rank {of_tensor[first][0]}")
+            if held.form != first.form:
+                raise CheckpointError(f"{section}: {name} is {held.form} on rank {rank}, and {first.form} on rank {of_tensor[first][0]}")
             of_tensor.setdefault(held, []).append(rank)
     for name, of_tensor in found.items():
-        length = prod(next(iter(of_tensor)).shape)
-        in_order = sorted(of_tensor, key=lambda one: (one.start, one.stop))
-        found[name] = {one: of_tensor[one] for one in in_order if one.start < one.stop or not length}
-        reached = 0
-        for one, ranks in found[name].items():
-            if one.start != reached:
-                wrong = "nobody holds" if one.start > reached else "several ranks hold different pieces with"
-                begin, end = sorted((one.start, reached))
-                raise CheckpointError(f"{section}: {wrong} elements {begin} to {end} of {name}, seen on rank {ranks[0]}")
-            reached = one.stop
-        if reached != length:
-            raise CheckpointError(f"{section}: nobody holds elements {reached} to {length} of {name}")
+        found[name] = {}
+        for local in next(iter(of_tensor)).local.everywhere():
+            found[name] |= _in_order(section, local, {held: ranks for held, ranks in of_tensor.items() if held.local == local})
+    return found
+
+
+def _in_order(section: str, local: Local, of_local: Mapping[Held, list[int]]) -> dict[Held, list[int]]:
+    """Return the pieces of one local tensor in order; refuse what is not exactly that."""
+    pieces = sorted(of_local, key=lambda one: (one.start, one.stop))
+    found = {one: of_local[one] for one in pieces if one.start < one.stop or 0 in local.placement.shape}
+    length, reached, what = prod(local.shape), 0, str(local) if local.coordinate else local.placement.name
+    for one, ranks in found.items():
+        if one.start != reached:
+            wrong = "nobody holds" if one.start > reached else "several ranks hold different pieces with"
+            begin, end = sorted((one.start, reached))
+            raise CheckpointError(f"{section}: {wrong} elements {begin} to {end} of {what}, seen on rank {ranks[0]}")
+        reached = one.stop
+    if reached != length:
+        raise CheckpointError(f"{section}: nobody holds elements {reached} to {length} of {what}")
     return found
 
 
@@ -157,17 +185,18 @@ def _assigned(pieces: Sequence[tuple[str, str, Held, list[int]]], size: int) -> 
         cuts = min(len(ranks), -(-(held.stop - held.start) * held.element_nbytes // share)) or 1
         bounds = [held.start + (held.stop - held.start) * cut // cuts for cut in range(cuts + 1)]
         is_whole = held.is_whole and cuts == 1
-        ranges += [(section, tensor, start, stop, is_whole, held.element_nbytes, ranks) for start, stop in pairwise(bounds)]
+        ranges += [(section, tensor, held, start, stop, is_whole, ranks) for start, stop in pairwise(bounds)]
     # What has one holder leaves no choice, so it comes first.
-    ranges.sort(key=lambda one: (len(one[-1]) > 1, -(one[3] - one[2]) * one[5]))
+    ranges.sort(key=lambda one: (len(one[-1]) > 1, -(one[4] - one[3]) * one[2].element_nbytes))
     load, written = [0] * size, []
-    for section, tensor, start, stop, is_whole, element_nbytes, ranks in ranges:
+    for section, tensor, held, start, stop, is_whole, ranks in ranges:
         least = min(load[rank] for rank in ranks)
         rank = next(rank for rank in ranks if load[rank] <= least + SLACK_NBYTES)
-        nbytes = (stop - start) * element_nbytes
+        nbytes = (stop - start) * held.element_nbytes
         load[rank] += nbytes
-        written.append(Written(rank, section, tensor, start, stop, part_key(tensor, None if is_whole else (start, stop)), nbytes))
-    if len({(one.section, one.key) for one in written}) < len(written):
+        key = part_key(tensor, None if is_whole else (start, stop))
+        written.append(Written(rank, section, tensor, held.local.coordinate, start, stop, key, nbytes))
+    if len({(one.section, one.key) for one in written}) < len({(one.section, one.key, one.tensor) for one in written}):
         raise CheckpointError("the state holds tensors that are named like ranges of others, such as w[0:4]; give them other names")
     return written
 

@@ -145,7 +145,10 @@ class Checkpoint:
         ranges = {}
         for name, tensor in stored.items():
             value = wanted[name]
-            ranges[name] = Range(tensor, value.start, value.stop) if isinstance(value, TensorPart) else whole(tensor, section.tensors[tensor])
+            if isinstance(value, TensorPart):
+                ranges[name] = Range(tensor, value.local, value.start, value.stop)
+            else:
+                ranges[name] = whole(tensor, section.tensors[tensor])
         found = read_ranges(self.path, section.tensors, self._manifest.sizes, set(ranges.values()))
         state: dict[str, Any] = {}
         for name, child in section.tree.items():
@@ -190,7 +193,7 @@ class Checkpoint:
 
         state = decode(rest, tensor)
         for (name, key), one in cut.items():
-            state[name][key] = TensorPart(found[one], pieces[name].shape, one.start)
+            state[name][key] = TensorPart(found[one], pieces[name].of, one.start)
         return {"state": state, "param_groups": decode(tree["param_groups"], tensor), "parameters": forms}
 
 
@@ -200,7 +203,7 @@ def _cuts(entries: Mapping[str, Any], piece: Piece, section: Section) -> dict[st
         return {}
     named = {key: child["$tensor"] for key, child in entries.items() if isinstance(child, dict) and "$tensor" in child}
     return {
-        key: Range(tensor, piece.start, piece.stop)
+        key: Range(tensor, piece.local, piece.start, piece.stop)
         for key, tensor in named.items()
         if is_elementwise(key, section.tensors[tensor].placement.shape, piece.shape)
     }

@@ -125,7 +125,7 @@ class _Encoder:
         return None
 
     def _name(self, tensor: Leaf, path: str) -> str:
-        memory = (*_memory(tensor.values), tensor.shape, tensor.start) if isinstance(tensor, TensorPart) else _memory(tensor)
+        memory = (*_memory(tensor.values), tensor.local, tensor.start) if isinstance(tensor, TensorPart) else _memory(tensor)
         if memory in self._names:
             return self._names[memory]
         name = path or "tensor"

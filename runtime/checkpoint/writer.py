@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 from ringfold.collectives.errors import CheckpointError
-from ringfold.parallel.placement import Placement
 from ringfold.runtime.checkpoint.agreement import Ranks, on_all_ranks, on_rank_0
 from ringfold.runtime.checkpoint.folder import free_nbytes, make_partial, move_into_place, remove_leftovers, remove_old
 from ringfold.runtime.checkpoint.host_copy import HostCopy
@@ -56,9 +55,9 @@ def save(
 
     `model_state` is the state by global name, `optimizer_state` is `optimizer_state_by_name`'s, `extra` any tree of tensors, numbers and
     text (scheduler, random and data state). With `comm` all its ranks call and wait for the end, and each writes a share. An ordinary tensor
-    is the same on all ranks that have it; a TensorPart is a piece of one, and the pieces of all ranks cover it. Where other values differ,
-    those of the first rank that has them count. A checkpoint of that name is replaced. Of the complete checkpoints beside it that are named
-    step-NUMBER the last `keep` saved stay; other names are never removed.
+    is the same on all ranks that have it; a TensorPart is a piece of one, or of a local tensor, and the pieces of all ranks cover it. Where
+    other values differ, those of the first rank that has them count. A checkpoint of that name is replaced. Of the complete checkpoints beside
+    it that are named step-NUMBER the last `keep` saved stay; other names are never removed.
 
     Raises:
         CheckpointError: on every rank; the disk is full or cannot be written, or the state cannot be saved. Nothing has changed.
@@ -141,7 +140,7 @@ class Job:
         try:
             saved = datetime.now(UTC).isoformat(timespec="microseconds")
             versions = {"ringfold": metadata.version("ringfold"), "torch": torch.__version__}
-            manifest = Manifest(self.step, saved, versions, {}, self._sections(everyone), ranks)
+            manifest = Manifest(self.step, saved, versions, self.plan.sizes, self._sections(everyone), ranks)
             with open(partial / NAME, "x") as file:
                 file.write(manifest.to_json())
                 file.flush()
@@ -156,13 +155,13 @@ class Job:
 
     def _sections(self, everyone: list[Hashes]) -> dict[str, Section]:
         entries: dict[str, dict[str, TensorEntry]] = {
-            section: {name: TensorEntry(held.dtype, Placement(name, held.shape), []) for name, held in tensors.items()}
+            section: {name: TensorEntry(held.dtype, held.local.placement, []) for name, held in tensors.items()}
             for section, tensors in self.plan.tensors.items()
         }
-        for one in sorted(self.plan.written, key=lambda one: one.start):
+        for one in sorted(self.plan.written, key=lambda one: (tuple(one.coordinate.items()), one.start)):
             file = self.plan.files[one.section, one.rank]
             range = None if one.key == one.tensor else (one.start, one.stop)
-            entries[one.section][one.tensor].parts.append(Part(file, {}, everyone[one.rank][file, one.key], range))
+            entries[one.section][one.tensor].parts.append(Part(file, dict(one.coordinate), everyone[one.rank][file, one.key], range))
         return {section: Section(self.plan.trees[section], tensors) for section, tensors in entries.items()}
 
     def _failed(self, error: OSError) -> CheckpointError:
@@ -210,5 +209,5 @@ def _elements(leaf: Leaf, one: Written) -> torch.Tensor:
     """Return what is to be written of a leaf: a whole tensor in its own shape, a range of it flattened; a view where it is contiguous."""
     values, first = (leaf.values, leaf.start) if isinstance(leaf, TensorPart) else (leaf, 0)
     if one.key == one.tensor:
-        return values.reshape(leaf.shape)
+        return values.reshape(leaf.local.shape if isinstance(leaf, TensorPart) else leaf.shape)
     return values.detach().resolve_conj().resolve_neg().reshape(-1)[one.start - first : one.stop - first]
