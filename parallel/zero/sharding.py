@@ -25,7 +25,7 @@ from ringfold.parallel.deferred.model import Deferred
 from ringfold.parallel.traffic import Traffic
 from ringfold.parallel.zero import optimizer as zero_optimizer
 from ringfold.parallel.zero.bucketwise import BucketwiseStep
-from ringfold.parallel.zero.cuts import Cut, Cuts
+from ringfold.parallel.zero.cuts import Cuts
 from ringfold.parallel.zero.gathering import GatheredParameters
 from ringfold.parallel.zero.gradients import BUFFERS, ShardedGradients
 from ringfold.parallel.zero.group import ShardGroup
@@ -238,47 +238,28 @@ class Sharding:
         """Return a parameter's whole gradient as the optimizer sees it, in new memory, or None if no rank used it; collective."""
         if not parameter.requires_grad:
             return None
-        found = self.gathered(parameter, self.gradients.of)
+        found = self._gathered(parameter, self.gradients.of)
         return found if found is None or not self.gradients.is_apart else found.mul_(self._factor)
 
     def value(self, parameter: nn.Parameter) -> torch.Tensor:
         """Return a parameter's whole values as they are trained, in new memory; collective."""
-        found = self.gathered(parameter, lambda piece: piece)
+        found = self._gathered(parameter, lambda piece: piece)
         return parameter.detach().clone() if found is None else found
 
     def assign(self, values: Mapping[nn.Parameter, torch.Tensor]) -> None:
         """Train on from these whole values, the same on all ranks; collective."""
         for parameter, value in values.items():
-            self.write(parameter, value)
+            if id(parameter) in self._cut_of:
+                piece, mine = self._cut_of[id(parameter)]
+                mine.detach().copy_(value.reshape(-1)[piece.start : piece.stop])
         self.publish()
 
-    def write(self, parameter: nn.Parameter, value: torch.Tensor) -> bool:
-        """Take this rank's piece out of whole values, for `publish` to tell, and tell whether the parameter is cut."""
-        if id(parameter) in self._cut_of:
-            piece, mine = self._cut_of[id(parameter)]
-            mine.detach().copy_(value.reshape(-1)[piece.start : piece.stop])
-        return self.is_cut(parameter)
-
-    def is_cut(self, parameter: nn.Parameter) -> bool:
-        """Tell whether the ranks that share the model have pieces of a parameter."""
-        return id(parameter) in self._slot_of
-
-    def piece_of(self, parameter: nn.Parameter) -> Cut | None:
-        """Return this rank's piece of a parameter, if it has one."""
-        return self._cut_of.get(id(parameter))
-
-    def gathered(
-        self, parameter: nn.Parameter, of_piece: Callable[[nn.Parameter], torch.Tensor | None], dtype: torch.dtype | None = None
-    ) -> torch.Tensor | None:
-        """Put together what each rank has for its piece of a parameter, of the dtype that is trained by default; collective.
-
-        Return None if it is None everywhere, or the parameter is not cut.
-        """
+    def _gathered(self, parameter: nn.Parameter, of_piece: Callable[[nn.Parameter], torch.Tensor | None]) -> torch.Tensor | None:
+        """Put together what each rank has for its piece of a parameter; None if it is None everywhere, or the parameter is not cut."""
         if id(parameter) not in self._slot_of:
             return None
         slot, bucket = self._slot_of[id(parameter)]
-        dtype = self._trained_dtypes[id(parameter)] if dtype is None else dtype
-        gathered = torch.zeros(slot.numel + 1, dtype=dtype, device=bucket.device)  # and whether there is anything
+        gathered = torch.zeros(slot.numel + 1, dtype=self._trained_dtypes[id(parameter)], device=bucket.device)  # and whether there is anything
         if id(parameter) in self._cut_of:
             piece, mine = self._cut_of[id(parameter)]
             values = of_piece(mine)

@@ -10,7 +10,6 @@ import torch
 from ringfold.collectives.communicator import Communicator
 from ringfold.collectives.errors import CheckpointError
 from ringfold.runtime.checkpoint.export import export
-from ringfold.runtime.recut import Recut
 from safetensors.torch import load_file
 from torch import nn
 
@@ -115,24 +114,3 @@ def test_another_models_checkpoint_is_refused_and_nothing_is_changed(tmp_path: P
         assert "embed.weight" in message
         assert "up.weight" in message
         assert is_unchanged
-
-
-def spoiled_half(world: Communicator, folder: Path, first: bool) -> dict[str, Any]:
-    """Lose what was saved of the first moments."""
-    put = Recut._put_state
-
-    def lose(self: Recut, optimizer: Any, parameter: Any, key: str, value: Any, of: Any) -> None:
-        put(self, optimizer, parameter, key, torch.zeros_like(value) if key == "exp_avg" else value, of)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Recut, "_put_state", lose)
-        return half(world, folder, first, "tp2", "grouped")
-
-
-def test_the_comparison_sees_moments_that_are_lost(tmp_path: Path) -> None:
-    expected = plain_training(LOSSES["pair"], make=MODELS["grouped"])
-    stop = len(ROWS) // 2
-    run_ranks(2, half, tmp_path, True, "tp2", "grouped")
-    found = run_ranks(2, spoiled_half, tmp_path, False)[0]
-    with pytest.raises(AssertionError):
-        assert_same_numbers(found, {key: value[stop:] if isinstance(value, list) else value for key, value in expected.items()})
