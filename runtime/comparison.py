@@ -201,6 +201,10 @@ def _cause(ratio: float | None, layout: Layout) -> str | None:
         dp * micro: f"dp x micro = {dp * micro} times too large: pieces were added up, each a mean of its own",
         1 / (dp * micro): f"a factor of 1/(dp x micro) = 1/{dp * micro}: divided by the number of pieces once too often",
     }
+    for axis in ("tp", "cp"):
+        n = layout.sizes[axis]
+        known.setdefault(n, f"{axis} = {n} times too large: summed over its ranks, each of which had the whole")
+        known.setdefault(1 / n, f"a factor of 1/{axis} = 1/{n}: not summed over its ranks, or divided by their number")
     if ratio is None:
         return None
     return next((cause for factor, cause in known.items() if factor != 1 and abs(ratio / factor - 1) < 1e-6), None)

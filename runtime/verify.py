@@ -71,10 +71,10 @@ def _verify(source: Callable[[], Subject], layout: str | Layout, clip_norm: floa
     with Float64():
         model_fn, batch, loss = source()
         model = build(model_fn)
-        batches = shape_batches(model, batch, loss, size)
+        batches = shape_batches(model, batch, loss, wanted.dp or 1)
         check_repeatable(model, batches[0], loss)
         initial = {name: value.clone() for name, value in model.state_dict().items()}
-        expected, clip_norm = train_plainly(model, batches, loss, clip_norm, size * wanted.micro)
+        expected, clip_norm = train_plainly(model, batches, loss, clip_norm, (wanted.dp or 1) * wanted.micro)
     job = _RankJob(source, str(wanted), batches, initial, clip_norm)
     found, digests = zip(*run_local_ranks(size, _train_rank, job, timeout_s), strict=True)
     return compare(wanted, expected, found[0], list(digests), time.perf_counter() - began)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -222,3 +223,19 @@ def test_a_wrong_command_is_one_error_and_status_2(subject: str, layout: str, wo
     assert done.exit_code == 2
     assert done.output.startswith("Error: ")
     assert words in done.output
+
+
+@pytest.mark.parametrize(("layout", "factor", "words"), [("dp1 tp2", 0.5, "a factor of 1/tp = 1/2"), ("dp3 cp2", 2.0, "cp = 2 times too large")])
+def test_a_sum_inside_layers_that_is_left_out_or_done_twice_is_named(layout: str, factor: float, words: str) -> None:
+    expected, found = steps(), steps()
+    found[0] = replace(found[0], grads={name: None if grad is None else grad * factor for name, grad in found[0].grads.items()})
+    report = compare(Layout.parse(layout), expected, found, [["a", "a", "a"]] * 2, 1.0)
+    assert words in str(report.departures[0])
+
+
+def test_the_command_proves_divided_layers_of_the_example() -> None:
+    script = Path(__file__).parents[2] / "examples" / "train_gpt.py"
+    command = [sys.executable, "-m", "ringfold", "verify", f"{script}:verified", "--layout", "dp1 tp2 zero1"]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "every number of 19 parameters agrees" in done.stdout
