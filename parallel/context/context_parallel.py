@@ -31,7 +31,7 @@ class ContextParallel:
     """Divide sequences over the ranks of `comm` for the attention of `algorithm`, "ring" or "ulysses"."""
 
     def __init__(self, comm: Communicator, algorithm: str) -> None:
-        self.axis = Axis("cp", comm, algorithm)
+        self.axis = Axis("cp", comm, algorithm, sums_parameters=True)
 
     def divide(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments of a model with this rank's part of every tensor that has tokens: [rows, tokens, ...].

@@ -14,10 +14,12 @@ class Axis:
 
     gathered: by operation that has no rule, how many tensors were put together for it. exchanged: by collective, how many there were and the bytes
     of their vectors; both since `forget`. attention: how queries of one rank see keys of another, "ring" or "ulysses".
+    sums_parameters: what ranks have of a parameter's gradient is summed over the axis, as it is over "dp".
     """
 
-    def __init__(self, name: str, comm: Communicator, attention: str = "ring") -> None:
+    def __init__(self, name: str, comm: Communicator, attention: str = "ring", sums_parameters: bool = False) -> None:
         self.name = name
+        self.sums_parameters = sums_parameters
         self.attention = attention
         self.comm = comm
         self.rank = comm.rank

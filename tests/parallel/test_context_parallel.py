@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tests.harness import run_ranks
 from tests.parallel.test_engine import CLIP_NORM, LOSSES, POSITIONS, assert_same_numbers, make_engine, plain_training, train
-from tests.parallel.test_tensor_parallel import MODELS, Attention, Block, Writer, grouped, writer
+from tests.parallel.test_tensor_parallel import MODELS, WIDTH, Attention, Block, Writer, grouped, writer
 
 
 def train_under(world: Communicator, model: str, layout: str, micro: int = 1, loss: str = "pair") -> dict[str, Any]:
@@ -59,6 +59,30 @@ class Pooled(Writer):
         scores = super().forward(tokens)
         shifted = torch.nn.functional.pad(scores[..., 1:], (0, 1))
         return scores + shifted + scores[..., :1] + scores.mean(-1, keepdim=True)
+
+
+class Aside(Writer):
+    """Keeps a parameter in a list of its own, where nothing can be put in its place."""
+
+    def __init__(self, blocks: list[nn.Module]) -> None:
+        super().__init__(blocks)
+        self.scale = nn.Parameter(torch.full((WIDTH,), 1.5, dtype=torch.float64))
+        self.kept = [self.scale]
+        self.norm.register_forward_hook(lambda _, __, output: output * self.kept[0])
+
+
+def aside() -> nn.Module:
+    return Aside([Block(Attention())])
+
+
+def train_aside(world: Communicator) -> dict[str, Any]:
+    return train(world, 1, "pair", CLIP_NORM, "cp2", aside)
+
+
+def test_the_gradient_of_a_parameter_that_is_kept_aside_is_summed_once() -> None:
+    expected = plain_training(LOSSES["pair"], make=aside)
+    for found in run_ranks(2, train_aside):
+        assert_same_numbers(found, expected)
 
 
 def pooled() -> nn.Module:

@@ -14,7 +14,7 @@ from ringfold.parallel.split import exchange
 from ringfold.parallel.split.axis import Axis
 from ringfold.parallel.split.cut import Cut
 from ringfold.parallel.split.tensor import Split, cuts_of, joined, local_of, made, without_terms
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = ["Agreement", "agree", "labels_of", "like"]
 
@@ -35,7 +35,7 @@ class Agreement(NamedTuple):
 
 def agree(operands: Sequence[Tensor], labels: Sequence[Labels], why: str) -> Agreement:
     """Divide operands alike; of two that are divided differently over an axis the later one stays."""
-    operands = list(operands)
+    operands = [_of_parameter(one, _axes(operands)) for one in operands]
     divided: dict[object, Cut] = {}
     for axis in _axes(operands):
         label, cut = _choose(operands, labels, axis)
@@ -68,6 +68,12 @@ def labels_of(own: Sequence[int], shape: Sequence[int]) -> list[object]:
     """Return the labels of an operand of shape `own` that is repeated to `shape`, whose labels are the numbers of its dimensions."""
     offset = len(shape) - len(own)
     return [offset + dim if length == shape[offset + dim] else None for dim, length in enumerate(own)]
+
+
+def _of_parameter(operand: Tensor, axes: Sequence[Axis]) -> Tensor:
+    """Return a parameter that code has kept for itself, past the module, as the module would have given it."""
+    sums = frozenset(axis for axis in axes if axis.sums_parameters)
+    return made(operand, operand.shape, (), sums) if sums and isinstance(operand, nn.Parameter) else operand
 
 
 def _axes(operands: Sequence[Tensor]) -> list[Axis]:
