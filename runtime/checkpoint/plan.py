@@ -20,7 +20,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 from ringfold.collectives.errors import CheckpointError
-from ringfold.parallel.placement import Local
+from ringfold.parallel.placement import Local, Placement
 from ringfold.runtime.checkpoint.agreement import Ranks
 from ringfold.runtime.checkpoint.manifest import part_key
 from ringfold.runtime.checkpoint.part import TensorPart, local_whole
@@ -43,10 +43,13 @@ class Held(NamedTuple):
         return (self.start, self.stop) == (0, prod(self.local.shape))
 
     @property
-    def form(self) -> str:
+    def form(self) -> tuple[str, Placement, Mapping[str, int]]:
         """What all ranks say alike of the tensor."""
-        placement = self.local.placement
-        divided = f" divided as {dict(placement.axes)} over {dict(self.local.sizes)}" if self.local.sizes else ""
+        return self.dtype, self.local.placement, self.local.sizes
+
+    def __str__(self) -> str:
+        placement, sizes = self.local.placement, self.local.sizes
+        divided = f" divided as {dict(placement.axes)} over {dict(sizes)}" if sizes else ""
         return f"{self.dtype} {list(placement.shape)}{divided}"
 
 
@@ -152,7 +155,7 @@ def _by_tensor(section: str, catalogues: Sequence[Catalogue]) -> dict[str, dict[
             of_tensor = found.setdefault(name, {})
             first = next(iter(of_tensor), held)
             if held.form != first.form:
-                raise CheckpointError(f"{section}: {name} is {held.form} on rank {rank}, and {first.form} on rank {of_tensor[first][0]}")
+                raise CheckpointError(f"{section}: {name} is {held} on rank {rank}, and {first} on rank {of_tensor[first][0]}")
             of_tensor.setdefault(held, []).append(rank)
     for name, of_tensor in found.items():
         found[name] = {}

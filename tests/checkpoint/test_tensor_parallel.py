@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from tests.checkpoint.state import flip
 from tests.checkpoint.test_commands import anonymous_nbytes, run
 from tests.harness import run_ranks
 from tests.parallel.test_engine import LEARNING_RATE, global_batches, make_engine, mine
-from tests.parallel.test_tensor_parallel import writer
+from tests.parallel.test_tensor_parallel import grouped, writer
 
 FROZEN = "blocks.0.mlp.gate.weight"  # 20 rows, which 3 ranks do not divide
 DIVIDED = "blocks.1.mlp.up.weight"
@@ -36,7 +36,17 @@ STEPS = 2
 CLOSE = 1e-12
 
 SAVED = {"dp2 tp2 zero3": 4, "tp2": 2, "tp3 zero1": 3, "dp2 tp2 bf16 zero2": 4, "dp2 zero3": 2}
-LOADED = {"dp1": 1, "tp2": 2, "tp3": 3, "dp2 tp2 zero1": 4, "dp2 tp2 zero3": 4, "dp2 zero3": 2, "tp2 bf16": 2}
+LOADED = {
+    "dp1": 1,
+    "tp2": 2,
+    "tp3": 3,
+    "dp2 tp2 zero1": 4,
+    "dp2 tp2 zero3": 4,
+    "dp2 zero3": 2,
+    "tp2 bf16": 2,
+    "cp2 tp2 zero2": 4,
+    "dp2 tp2 fp16 zero3": 4,
+}
 
 Whole = dict[str, dict[str, Tensor]]
 
@@ -48,8 +58,8 @@ def model() -> nn.Module:
     return made
 
 
-def engine_of(world: Communicator, layout: str) -> Engine:
-    made = (lambda: model().float()) if "bf16" in layout else model
+def engine_of(world: Communicator, layout: str, make: Callable[[], nn.Module] = model) -> Engine:
+    made = (lambda: make().float()) if "16" in layout else make
     return make_engine(world, layout, made, bucket_mb=0.001)  # of many buckets, so that ranks have pieces of most parameters
 
 
@@ -84,18 +94,23 @@ def whole_optimizer_state(engine: Engine) -> Whole:
     return found
 
 
-def save(world: Communicator, folder: Path, layout: str) -> tuple[dict[str, Tensor], Whole]:
-    engine = engine_of(world, layout)
+def save(world: Communicator, folder: Path, layout: str, make: Callable[[], nn.Module] = model) -> tuple[dict[str, Tensor], Whole]:
+    engine = engine_of(world, layout, make)
     train(engine, global_batches()[:STEPS])
-    engine.save(folder / f"step-{engine.step}")
+    engine.save(folder / f"step-{engine.step}", asynchronous=True)
     weights = {name: value.clone() for name, value in engine.state_dict().items()}
-    return weights, whole_optimizer_state(engine)
+    state = whole_optimizer_state(engine)
+    train(engine, global_batches()[STEPS:])  # what was saved is what it was then
+    engine.close()
+    return weights, state
 
 
-def load(world: Communicator, folders: dict[str, Path], layout: str) -> dict[str, tuple[dict[str, Tensor], Whole, list[float]]]:
+def load(
+    world: Communicator, folders: dict[str, Path], layout: str, make: Callable[[], nn.Module] = model
+) -> dict[str, tuple[dict[str, Tensor], Whole, list[float]]]:
     found = {}
     for name, folder in folders.items():
-        engine = engine_of(world, layout)
+        engine = engine_of(world, layout, make)
         assert engine.resume(folder) == STEPS
         weights, state = {key: value.clone() for key, value in engine.state_dict().items()}, whole_optimizer_state(engine)
         found[name] = (weights, state, train(engine, global_batches()[STEPS : STEPS + 2]))
@@ -152,9 +167,21 @@ def test_every_layout_loads_what_every_other_saved(saved: dict[str, tuple[Path, 
             assert state.keys() == expected_state.keys()
             for parameter, entries in expected_state.items():
                 assert_same_bits(state[parameter], entries)
-            if "bf16" not in layout:
+            if "16" not in layout:
                 assert {value.dtype for value in weights.values()} <= {torch.float64}
                 assert losses == pytest.approx(plain_losses(expected, expected_state), rel=CLOSE)
+
+
+@pytest.mark.parametrize(("size", "other"), [(2, 3), (3, 2)])
+def test_what_one_mesh_divides_and_another_has_on_all_ranks(tmp_path: Path, size: int, other: int) -> None:
+    """Three heads of keys and values: three ranks have one each, two have all of them."""
+    expected, expected_state = run_ranks(size, save, tmp_path, f"tp{size}", grouped)[0]
+    for results in run_ranks(other, load, {"": tmp_path}, f"tp{other}", grouped):
+        weights, state, _ = results[""]
+        if weights:
+            assert_same_bits(weights, expected)
+        for parameter, entries in expected_state.items():
+            assert_same_bits(state[parameter], entries)
 
 
 @pytest.mark.parametrize("layout", SAVED)
