@@ -20,7 +20,12 @@ class Size:
     heads: int
 
 
-SIZES = {"10M": Size(dim=368, layers=6, heads=8), "100M": Size(dim=840, layers=12, heads=12), "tiny": Size(dim=32, layers=2, heads=2)}
+SIZES = {
+    "tiny": Size(dim=32, layers=2, heads=2),
+    "10M": Size(dim=368, layers=6, heads=8),
+    "30M": Size(dim=640, layers=6, heads=8),
+    "100M": Size(dim=840, layers=12, heads=12),
+}
 
 
 class Block(nn.Module):

@@ -155,6 +155,7 @@ class Engine:
             micro=self._micro,
             always_calls=synchronises or mesh.layout.zero == 3,
             random=self._random,
+            before_final=self._update.begin_beside,
             widens=self._casting is not None,
         )
         self._shards: list[ShardedData] = []
@@ -214,10 +215,11 @@ class Engine:
         parts = self._passes.microbatches(self._placed(batch))
         if not self.module.training:
             self.module.train()
-        self._update.forget()
         self._division.begin_step()
-        loss, factor = self._passes.run(self.step, parts, self.loss_scale)
-        if self._update.step(factor) and self.scheduler is not None:
+        with self._update.whole():
+            loss, factor = self._passes.run(self.step, parts, self.loss_scale)
+            is_taken = self._update.step(factor)
+        if is_taken and self.scheduler is not None:
             self.scheduler.step()
         self.recomputation.finish_step()
         if self._linears is not None:

@@ -92,7 +92,11 @@ class ModelState:
         """Return what this rank saves. Buffers are rank 0's, as in the beginning.
 
         Statistics of a BatchNorm that is not synchronised differ between ranks, and those of one rank belong together.
+
+        Raises: ConfigError: a step has changed a part of the parameters, and failed.
         """
+        if self._sharding is not None:
+            self._sharding.require_whole()
         parameters = {name for name, _ in self._module.named_parameters(remove_duplicate=False)}
         return {name: value for name, value in self._all_parts().items() if self._rank == 0 or name in parameters}
 

@@ -8,6 +8,7 @@ backward     of total / global count; buckets are summed over dp as soon as they
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,7 +30,8 @@ class Passes:
     """Run `module` on the `micro` microbatches of a step and reduce; collective.
 
     always_calls: a rank without rows calls the module as well, as there are collectives in it. random: streams of random numbers for exact mode,
-    in which `reducer` gives gradients once for all microbatches. widens: what the module gives goes to the loss in float32.
+    in which `reducer` gives gradients once for all microbatches. before_final: called before a backward of which each sum is at once the step's
+    gradient, without a factor. widens: what the module gives goes to the loss in float32.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class Passes:
         micro: int,
         always_calls: bool,
         random: ShardRandom | None,
+        before_final: Callable[[], None],
         widens: bool,
     ) -> None:
         self._module = module
@@ -51,6 +54,7 @@ class Passes:
         self._micro = micro
         self._always_calls = always_calls
         self._random = random
+        self._before_final = before_final
         self._widens = widens
         self.mean = GlobalMean(rule, comm, exact=random is not None)
 
@@ -112,6 +116,8 @@ class Passes:
         return self._rule(output, part.target, part.rows) if part.rows else output
 
     def _one_backward(self, is_last: bool) -> contextlib.AbstractContextManager[None]:
+        if self._micro == 1 and self._random is None and self.mean.policy is not Policy.AFTER:
+            self._before_final()
         every = self._reducer.reduces_every_backward
         return self._reducer.no_sync() if every or not is_last else contextlib.nullcontext()
 

@@ -9,6 +9,8 @@ step      of the optimizer, on the parameters or on this rank's pieces
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from ringfold.collectives.communicator import Communicator
 from ringfold.mixed_precision.loss_scaler import LossScaler
@@ -50,8 +52,29 @@ class Update:
         self._is_exact = is_exact
         self._norm: float | None = None
 
-    def forget(self) -> None:
-        """Drop the gradients of the last step."""
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Run a train step inside, without the gradients of the last one; what it has begun ends with it, however that ends.
+
+        Raises: ConfigError: the last one has changed a part of the parameters.
+        """
+        self._forget()
+        if self._sharding is None:
+            yield
+            return
+        self._sharding.require_whole()
+        try:
+            yield
+        except BaseException:
+            self._sharding.abandon()
+            raise
+
+    def begin_beside(self) -> None:
+        """Begin to step as gradients are summed, where that needs nothing of all of them."""
+        if self._sharding is not None and self._clip_norm is None and self.scaler is None:
+            self._sharding.begin_beside()
+
+    def _forget(self) -> None:
         for parameter in self._parameters:
             parameter.grad = None
         if self._sharding is not None:

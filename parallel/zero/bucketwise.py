@@ -15,9 +15,10 @@ its groups or itself (steps, sums of learning rates) it is made to count once.
 from __future__ import annotations
 
 import copy
+import itertools
 import mmap
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +39,7 @@ ROW_NUMEL = 2 << 20  # of each vector in a row; a larger piece is a row of its o
 class _Row:
     """Pieces that lie one after the other in a bucket, and their range of each vector: what is trained, its home if that is another, state."""
 
+    bucket: Bucket
     pieces: list[nn.Parameter]
     starts: list[int]  # of the pieces in the vectors
     trained: torch.Tensor
@@ -65,6 +67,7 @@ class BucketwiseStep:
         self._optimizer = optimizer
         self._cuts = cuts
         self._file = file
+        self.is_halfway = False  # whether a step runs, or has failed, that has changed a part
         buckets = [bucket for bucket in cuts.of if bucket.slots[0].parameter.requires_grad]
         self._rows = [row for bucket in buckets for row in self._cut(bucket, states)]
         largest = max((row.nbytes for row in self._rows), default=0)
@@ -77,22 +80,29 @@ class BucketwiseStep:
         return sum(memory.nbytes for memory in self._memory)
 
     def settle(self) -> None:
-        """Move state that was loaded into the file."""
+        """Move state that was loaded into the file; a step that failed is over."""
         for _ in self._in_memory() if self._file is not None else ():
             pass
+        self.is_halfway = False
 
-    def step(self, gradient_of: Callable[[nn.Parameter], torch.Tensor | None]) -> None:
-        """Step on what `gradient_of` returns for each piece, in the piece's dtype and on its device; None: the piece is left alone."""
+    def step(self, gradient_of: Callable[[nn.Parameter], torch.Tensor | None], pass_gate: Callable[[Bucket], None] = lambda _: None) -> None:
+        """Step on what `gradient_of` returns for each piece, in the piece's dtype and on its device; None: the piece is left alone.
+
+        pass_gate: returns when the pieces of a bucket may be stepped on.
+        """
         restore = _counts(self._optimizer)
-        for number, pieces in enumerate(self._in_memory()):
-            for piece in pieces:
-                piece.grad = gradient_of(piece)
-            if number:
-                restore()
-            with self._only(pieces):
-                self._optimizer.step()
-            for piece in pieces:
-                piece.grad = None
+        with closing(self._in_memory(pass_gate)) as rows:
+            for number, pieces in enumerate(rows):
+                for piece in pieces:
+                    piece.grad = gradient_of(piece)
+                if number:
+                    restore()
+                self.is_halfway = True
+                with self._only(pieces):
+                    self._optimizer.step()
+                for piece in pieces:
+                    piece.grad = None
+        self.is_halfway = False
 
     @contextmanager
     def _only(self, pieces: Sequence[nn.Parameter]) -> Iterator[None]:
@@ -106,30 +116,33 @@ class BucketwiseStep:
             for group, pieces_of_group in zip(self._optimizer.param_groups, whole, strict=True):
                 group["params"] = pieces_of_group
 
-    def _in_memory(self) -> Iterator[list[nn.Parameter]]:
-        """Yield the pieces of each row while they, and their state, are in memory; masters are rounded back."""
+    def _in_memory(self, pass_gate: Callable[[Bucket], None] = lambda _: None) -> Generator[list[nn.Parameter]]:
+        """Yield the pieces of each row while they, and their state, are in memory; masters are rounded back. It ends with no transfer under way."""
         file = self._file if self._memory else None  # it may have nothing to keep
         vectors = [self._views(row, self._memory[number % ROWS]) for number, row in enumerate(self._rows)] if self._memory else []
         reads = [self._read(file, *pair) for pair in zip(self._rows[:ROWS], vectors, strict=False)] if file is not None else []
         writes: list[Transfer] = []
-        for number, row in enumerate(self._rows):
-            here: dict[int, torch.Tensor] = {}
-            if file is not None:
-                for transfer in reads[number]:
-                    transfer.wait()
-                here = dict(zip(map(id, row.resting), vectors[number], strict=True))
-                self._bring(row, here)
-            yield row.pieces
-            self._adopt(row, here)
-            if row.home is not None:
-                here.get(id(row.home), row.home).copy_(here.get(id(row.trained), row.trained), non_blocking=True)
-            if file is not None:
-                writes += [file.store(resting, here[id(resting)]) for resting in row.resting]
-                if number + ROWS < len(self._rows):  # the thread reads it after it has written this one
-                    reads.append(self._read(file, self._rows[number + ROWS], vectors[number + ROWS]))
-                self._rest(row)
-        for transfer in writes:
-            transfer.wait()
+        try:
+            for number, row in enumerate(self._rows):
+                pass_gate(row.bucket)
+                here: dict[int, torch.Tensor] = {}
+                if file is not None:
+                    for transfer in reads[number]:
+                        transfer.wait()
+                    here = dict(zip(map(id, row.resting), vectors[number], strict=True))
+                    self._bring(row, here)
+                yield row.pieces
+                self._adopt(row, here)
+                if row.home is not None:
+                    here.get(id(row.home), row.home).copy_(here.get(id(row.trained), row.trained), non_blocking=True)
+                if file is not None:
+                    writes += [file.store(resting, here[id(resting)]) for resting in row.resting]
+                    if number + ROWS < len(self._rows):  # the thread reads it after it has written this one
+                        reads.append(self._read(file, self._rows[number + ROWS], vectors[number + ROWS]))
+                    self._rest(row)
+        finally:
+            for transfer in itertools.chain(writes, *reads):
+                transfer.wait()
 
     def _cut(self, bucket: Bucket, states: States) -> Iterator[_Row]:
         """Cut what this rank has of a bucket into rows; where nothing lies in a file that is one row."""
@@ -147,7 +160,7 @@ class BucketwiseStep:
             row_trained, row_home = trained[begin:end], home[begin:end] if trained is not home else None
             vectors = [row_trained, *([] if row_home is None else [row_home]), *of_row.values()]
             resting = [] if file is None else [vector for vector in vectors if file.holds(vector)]
-            yield _Row([p for _, p in taken], [start - begin for start, _ in taken], row_trained, row_home, of_row, resting)
+            yield _Row(bucket, [p for _, p in taken], [start - begin for start, _ in taken], row_trained, row_home, of_row, resting)
 
     def _read(self, file: ShardFile, row: _Row, vectors: list[torch.Tensor]) -> list[Transfer]:
         return [file.fetch(resting, vector) for resting, vector in zip(row.resting, vectors, strict=True) if resting is not row.home]

@@ -53,21 +53,21 @@ class GatheredParameters:
         self._module = module
         self._group = group
         found = find_blocks(module, blocks)
-        self._units: list[Unit] = []
+        self.units: list[Unit] = []
         self._unit_of: dict[nn.Module, Unit] = {}
         for name, named in reversed(parameters_by_block(module, found).items()):
             if named:
-                firsts = [unit.buckets[0] for unit in self._units]
+                firsts = [unit.buckets[0] for unit in self.units]
                 unit = Unit(name, named, group, firsts, limit_nbytes, dtype_of, rest, initial.device)
-                self._units.append(unit)
+                self.units.append(unit)
                 self._unit_of[module if name == NO_BLOCK else found[name]] = unit
         self._common = self._unit_of.get(module)
-        largest = max((unit.nbytes for unit in self._units if unit is not self._common), default=0)
-        count = min(SLOTS, sum(unit is not self._common for unit in self._units))
+        largest = max((unit.nbytes for unit in self.units if unit is not self._common), default=0)
+        count = min(SLOTS, sum(unit is not self._common for unit in self.units))
         self._device = initial.device
-        rest.reserve(group.whole, sum(unit.nbytes for unit in self._units) // group.size, self._device)
+        rest.reserve(group.whole, sum(unit.nbytes for unit in self.units) // group.size, self._device)
         with initial.using(max([largest, *(parameter.nbytes for parameter in module.parameters())])):  # the first slot gets this memory
-            for unit in self._units:
+            for unit in self.units:
                 unit.fill(cuts, initial)
         self._free = [group.whole.empty(largest, dtype=torch.uint8, device=self._device) for _ in range(count)]
         self._common_memory = None if self._common is None else group.whole.empty(self._common.nbytes, dtype=torch.uint8, device=self._device)
@@ -97,14 +97,14 @@ class GatheredParameters:
         """Bytes that this rank keeps of parameters, and of memory that they are gathered into."""
         lent = [*self._free, *(unit.memory for unit in self._used if unit.memory is not None)]
         common = 0 if self._common_memory is None else self._common_memory.nbytes
-        return sum(unit.shards_nbytes for unit in self._units), sum(memory.nbytes for memory in lent) + common
+        return sum(unit.shards_nbytes for unit in self.units), sum(memory.nbytes for memory in lent) + common
 
     def traffic(self, micro: int) -> list[Traffic]:
         """Return what a step of so many microbatches sends of parameters, if blocks run one after the other and each of them saves a parameter.
 
         A backward begins with the last SLOTS blocks in memory, and the next forward with the first.
         """
-        blocks = [unit for unit in reversed(self._units) if unit is not self._common]
+        blocks = [unit for unit in reversed(self.units) if unit is not self._common]
         forward = ([] if self._common is None else [self._common]) + blocks
         backward = blocks[: max(0, len(blocks) - SLOTS)]
         again = blocks[SLOTS:]
@@ -123,7 +123,7 @@ class GatheredParameters:
         Raises:
             ConfigError: parameters lie elsewhere than they were put; all of them are named.
         """
-        moved = [name for unit in self._units for name in unit.moved()]
+        moved = [name for unit in self.units for name in unit.moved()]
         if moved:
             raise ConfigError(
                 f"parameters have left the memory that ZeRO keeps them in: {', '.join(moved)}. Assigning to `.data`, or moving or converting the "
@@ -136,7 +136,7 @@ class GatheredParameters:
         """Give every parameter its whole values, in memory of its own, and with `write` take over what was changed; collective."""
         self._forget()
         whole = []
-        for unit in self._units:
+        for unit in self.units:
             unit.begin(self._group.whole.empty(unit.nbytes, dtype=torch.uint8, device=self._device), once=True)
             unit.show()
             whole.append(unit)
@@ -156,13 +156,13 @@ class GatheredParameters:
         for hook in self._hooks:
             hook.remove()
         self._forget()
-        for unit in self._units:
+        for unit in self.units:
             unit.begin(self._group.whole.empty(unit.nbytes, dtype=torch.uint8, device=self._device), once=True)
             unit.show()
             for parameter in unit.parameters:
                 parameter.data = parameter.detach().clone()
             unit.give_back()
-        self._units.clear()
+        self.units.clear()
         self._unit_of.clear()
         self._free.clear()
         self._common_memory = None
@@ -227,6 +227,12 @@ class GatheredParameters:
         self._next[self._in_backward, self._before, self._latest] = unit
         self._before, self._latest = self._latest, unit
         self._begin(unit)
+        if unit.is_late:
+            raise ConfigError(
+                f"zero3: {unit.name} is used in backward after the gradients of all its parameters were complete "
+                f"({', '.join(slot.name for bucket in unit.trained for slot in bucket.slots)}). The optimizer steps beside backward and may have "
+                "changed them. Is it used a second time without a gradient, through `.detach()`? With a clip_norm the step comes after backward."
+            )
         unit.show()
         self._prefetch()
 

@@ -10,7 +10,7 @@ does. A piece of a parameter that no rank used keeps `grad = None`. Sparse gradi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
@@ -90,6 +90,7 @@ class ShardedGradients(GradientReducer[_Shard]):
         self.is_narrow = narrow
         self.is_apart = narrow or is_apart
         self._apart: dict[int, torch.Tensor] = {}  # by id of the optimizer's parameter
+        self.on_sum: Callable[[Bucket], None] | None = None  # called when a bucket's pieces have their gradients, if that is before the end
         fillings, marks = [], 0
         for bucket, mine in cuts.items():
             # zeros in the gaps too: what is reduced must be a number
@@ -284,6 +285,11 @@ class ShardedGradients(GradientReducer[_Shard]):
         elif not is_direct and not filling.is_kept:
             filling.shard.copy_(total)
         self._give_back(filling)
+        marks = self._mine[filling.first_mark :][: len(filling.bucket.slots)]
+        if self.on_sum is not None and marks.all():  # used on this rank, so nobody has to be asked
+            for (_, parameter), grad in zip(filling.cuts, filling.grads, strict=True):
+                self._give(parameter, grad)
+            self.on_sum(filling.bucket)
 
     def _put_aside(self, filling: _Shard) -> None:
         """Where a bucket's own buffer is about to be filled, and its pieces have gradients of earlier backwards in it, keep these."""

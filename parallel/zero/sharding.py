@@ -19,11 +19,13 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from ringfold.collectives.communicator import Communicator
+from ringfold.collectives.errors import ConfigError
 from ringfold.parallel.bucket import DtypeOf, own_dtype, partition
 from ringfold.parallel.buckets import FIRST_BUCKET_MB
 from ringfold.parallel.deferred.model import Deferred
 from ringfold.parallel.traffic import Traffic
 from ringfold.parallel.zero import optimizer as zero_optimizer
+from ringfold.parallel.zero.beside import StepBeside
 from ringfold.parallel.zero.bucketwise import BucketwiseStep
 from ringfold.parallel.zero.cuts import Cuts
 from ringfold.parallel.zero.gathering import GatheredParameters
@@ -103,13 +105,14 @@ class Sharding:
             exact=exact,
             reduce_dtype=reduce_dtype,
             narrow=one_backward and cuts.have_masters and not exact and reduce_dtype is None,
-            is_apart=self._rest.needs_masters,
+            is_apart=self._rest.is_elsewhere,
         )
         self._slot_of = {id(slot.parameter): (slot, bucket) for bucket in cuts.of for slot in bucket.slots}
         self._cut_of = {id(piece.slot.parameter): (piece, mine) for each in cuts.of.values() for piece, mine in each}
         self._bucketwise: BucketwiseStep | None = None
         self._states: zero_optimizer.States = {}
-        self._is_stepping = False
+        self._beside: StepBeside | None = None
+        self._has_failed = False  # a step beside backward, on this rank
         self._factor = 1.0  # that the optimizer's gradients had, where those that are kept lack it
         self.pieces = [mine for _, mine in self._cut_of.values()]
 
@@ -138,42 +141,63 @@ class Sharding:
         mine = {key: (parameter, piece.start) for key, (piece, parameter) in self._cut_of.items()}
         nothing = dict.fromkeys(self._slot_of, (None, 0))
         self._states = zero_optimizer.cut(optimizer, {**whole, **nothing, **mine})
-        if self.gradients.is_narrow or self._rest.is_elsewhere:
-            self._bucketwise = BucketwiseStep(optimizer, self.cuts, self._rest.file, self._states)
-        optimizer.register_step_post_hook(lambda *_: None if self._is_stepping else self.publish())
+        if self.gradients.is_apart:
+            self._bucketwise = step = BucketwiseStep(optimizer, self.cuts, self._rest.file, self._states)
+            if self._rest.is_elsewhere and isinstance(self._parameters, GatheredParameters):  # the others' uses of parameters are not seen
+                self._beside = StepBeside(step, self._parameters.units, self._gradient_of)
+                self.gradients.on_sum = self._beside.take
+        optimizer.register_step_post_hook(lambda *_: None if self._bucketwise is not None and self._bucketwise.is_halfway else self.publish())
+
+    def begin_beside(self) -> None:
+        """Begin to step on gradients of the backward that comes, as they are summed, if that can be seen to change nothing; `step` ends it."""
+        if self._beside is not None:
+            self._factor = 1.0
+            self._beside.begin()
 
     def step(self, optimizer: Optimizer, factor: float) -> None:
         """Step on gradients times `factor`."""
-        grads = [piece.grad for piece in self.pieces if piece.grad is not None]
-        if factor != 1.0 and grads:
-            torch._foreach_mul_(grads, factor)
         if self._bucketwise is None:
+            grads = [piece.grad for piece in self.pieces if piece.grad is not None]
+            if factor != 1.0 and grads:
+                torch._foreach_mul_(grads, factor)
             optimizer.step()
             return
-        self._factor = factor
-        whole = {id(piece): piece.grad for piece in self.pieces}  # none where gradients are apart
-
-        def gradient_of(piece: nn.Parameter) -> torch.Tensor | None:
-            if not self.gradients.is_apart:
-                return whole[id(piece)]
-            kept = self.gradients.of(piece)
-            return None if kept is None else kept.to(piece.device, piece.dtype, copy=True).mul_(factor)
-
-        for piece in self.pieces:
-            piece.grad = None
-        self._is_stepping = True
-        try:
-            self._bucketwise.step(gradient_of)
-        finally:
-            self._is_stepping = False
-        for piece in self.pieces:
-            piece.grad = whole[id(piece)]
+        if self._beside is not None and self._beside.is_running:
+            self._beside.finish()
+        else:
+            self._factor = factor
+            self._bucketwise.step(self._gradient_of)
         self._parameters.publish()
+
+    def _gradient_of(self, piece: nn.Parameter) -> torch.Tensor | None:
+        kept = self.gradients.of(piece)
+        return None if kept is None else kept.to(piece.device, piece.dtype, copy=True).mul_(self._factor)
+
+    def abandon(self) -> None:
+        """Take note that the train step failed."""
+        if self._beside is not None and self._beside.abandon():
+            self._has_failed = True
+
+    def require_whole(self) -> None:
+        """Make sure that no step has changed a part of the parameters; collective if the last one failed beside backward.
+
+        Raises:
+            ConfigError: one has, on any rank.
+        """
+        if self._bucketwise is None:
+            return
+        if self._has_failed:
+            halfway = torch.tensor([self._bucketwise.is_halfway], dtype=torch.int32, device="cpu")
+            self._group.whole.all_reduce(halfway, "max")
+            self._bucketwise.is_halfway, self._has_failed = bool(halfway), False
+        if self._bucketwise.is_halfway:
+            raise ConfigError("the last train step failed when the optimizer had changed a part of the parameters. Resume from a checkpoint.")
 
     def settle(self) -> None:
         """Take note that the optimizer's state, or pieces, were loaded."""
         if self._bucketwise is not None:
             self._bucketwise.settle()
+            self._has_failed = False
         self.publish()
 
     def traffic(self, micro: int) -> list[Traffic]:
@@ -286,6 +310,8 @@ class Sharding:
 
     def close(self) -> None:
         """Give the model back: parameters in memory of their own, no hooks; collective. The optimizer is of no use afterwards."""
+        if self._beside is not None:
+            self._beside.close()
         self.gradients.close()
         self._parameters.close()
         self.cuts.clear()

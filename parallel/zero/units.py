@@ -58,6 +58,8 @@ class Unit:
         self.nbytes = sum(bucket.nbytes for bucket in self.buckets)
         self.memory: torch.Tensor | None = None  # bytes, in which this unit's parameters are, or are arriving
         self.is_shown = False
+        self.may_change = False  # beside backward, from now on
+        self.is_late = False  # whether what is in the memory was gathered after that, and may be new, or half so
         self._flats: list[torch.Tensor] = []  # the buckets in the memory
         self._views: list[torch.Tensor] = []  # the parameters in it
         self._seen: dict[int, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}  # both, of memory that is lent again and again
@@ -84,12 +86,17 @@ class Unit:
         return 0 if self._rest.file is not None else sum(shard.nbytes for shard in self._shards)
 
     @property
+    def trained(self) -> list[Bucket]:
+        """The buckets that have gradients."""
+        return [bucket for bucket in self.buckets if bucket.slots[0].parameter.requires_grad]
+
+    @property
     def parameters(self) -> Iterator[nn.Parameter]:
         return (slot.parameter for bucket in self.buckets for slot in bucket.slots)
 
     def begin(self, memory: torch.Tensor, *, once: bool = False) -> None:
         """Start to gather the parameters of all ranks into `memory`, `nbytes` long or more, which is lent again later unless `once`."""
-        self.memory = memory
+        self.memory, self.is_late = memory, self.may_change
         known = self._seen.get(memory.data_ptr())
         if known is None:
             flats = list(self._cut_memory(memory))

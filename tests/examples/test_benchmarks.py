@@ -320,6 +320,17 @@ def test_tensor_parallel_is_measured_beside_dtensor(tmp_path: Path) -> None:
     assert all(row["samples_per_s"] > 0 and f"| {row['side']} |" in output for row in rows)
 
 
+def test_offload_trains_beside_backward_and_after_it(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    output = run_benchmark("offload", "-n", "1", "--train-step", "--size", "tiny", "--rounds", "2", "--folder", str(tmp_path), "--json", str(path))
+    seconds = json.loads(path.read_text())["seconds"]
+    assert list(seconds) == ["beside backward", "after backward", "zero3, no offload"]
+    for side, taken in seconds.items():
+        assert len(taken) == 2
+        assert f"| {side} |" in output
+    assert [name.name for name in tmp_path.iterdir()] == ["result.json"]
+
+
 def test_checkpoint_shows_what_a_save_holds_up_beside_torch(tmp_path: Path) -> None:
     path = tmp_path / "result.json"
     output = run_benchmark("checkpoint", "-n", "2", "--nbytes", "20M", "--rounds", "1", "--folder", str(tmp_path), "--json", str(path))

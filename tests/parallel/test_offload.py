@@ -7,6 +7,8 @@ import resource
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -68,19 +70,26 @@ def test_offloaded_every_stage_has_the_numbers_of_plain_pytorch(place: str, stag
         assert_same_numbers(found, expected)
 
 
-def train_as_on_a_device(world: Communicator, micro: int, layout: str, folder: str) -> dict[str, Any]:
-    """Train as where the host's memory is not the one that is computed in: masters on the host, gradients brought there."""
+@contextmanager
+def on_a_device(applies: bool = True) -> Iterator[None]:
+    """Train inside as where the host's memory is not the one that is computed in: masters on the host, gradients brought there."""
     make = rest.Rest.__init__
 
     def as_on_a_device(self: rest.Rest, offload: str | None, device: torch.device) -> None:
         make(self, offload, device)
         self.needs_masters = self.is_elsewhere = True
 
-    rest.Rest.__init__ = as_on_a_device  # type: ignore[method-assign]
+    if applies:
+        rest.Rest.__init__ = as_on_a_device  # type: ignore[method-assign]
     try:
-        return train(world, micro, "torch", CLIP_NORM, layout.replace("DIR", folder))
+        yield
     finally:
         rest.Rest.__init__ = make  # type: ignore[method-assign]
+
+
+def train_as_on_a_device(world: Communicator, micro: int, layout: str, folder: str) -> dict[str, Any]:
+    with on_a_device():
+        return train(world, micro, "torch", CLIP_NORM, layout.replace("DIR", folder))
 
 
 @pytest.mark.parametrize("micro", [1, 3])

@@ -82,7 +82,7 @@ def gathers(world: Communicator) -> tuple[list[int], int, int]:
         begin(self, memory, once=once)
         begun += self.name != ""
         held = engine._sharding._parameters
-        most = max(most, sum(unit.memory is not None for unit in held._units if unit.name))
+        most = max(most, sum(unit.memory is not None for unit in held.units if unit.name))
 
     Unit.begin = counted
     engine = make_engine(world, "zero3", Deep)
@@ -92,7 +92,7 @@ def gathers(world: Communicator) -> tuple[list[int], int, int]:
         engine.train_step(mine(batch, world.rank, world.size))
         counts.append(begun - before)
         assert all(math.isnan(float(block.up.weight.detach()[0, 0])) for block in list(engine.module.blocks)[2:]), "seen after its use"
-    kept = sum(shard.nbytes for unit in engine._sharding._parameters._units for shard in unit._shards)
+    kept = sum(shard.nbytes for unit in engine._sharding._parameters.units for shard in unit._shards)
     return counts, most, kept
 
 
