@@ -233,7 +233,12 @@ class Engine:
         return self.evaluate([batch])
 
     def evaluate(self, batches: Iterable[Any]) -> dict[str, float]:
-        """Return the global means of the loss and of every metric over all rows of several global batches, in evaluation mode."""
+        """Return the global means of the loss and of every metric over all rows of several global batches, in evaluation mode.
+
+        Raises: ConfigError: a train step failed when the optimizer had changed a part of the parameters.
+        """
+        if self._sharding is not None:
+            self._sharding.require_whole()
         prepared = (self._placed(batch) for batch in batches)
         return evaluate(self._passes.output, self.module, prepared, self._rule, self._metrics, self._comm, always_calls=self._state.shards_parameters)
 

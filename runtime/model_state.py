@@ -63,7 +63,12 @@ class ModelState:
         return grad if grad is None or self._tensor is None else self._tensor.whole(parameter, grad)
 
     def whole(self) -> dict[str, Any]:
-        """Return the full state on rank 0, and an empty dict elsewhere; copies where what is trained is in pieces."""
+        """Return the full state on rank 0, and an empty dict elsewhere; copies where what is trained is in pieces.
+
+        Raises: ConfigError: a step has changed a part of the parameters, and failed.
+        """
+        if self._sharding is not None:
+            self._sharding.require_whole()
         if self._sharding is not None and self._has_masters:
             trained = {name: self._trained(self._sharding, p) for name, p in self._module.named_parameters(remove_duplicate=False)}
             return {name: trained.get(name, value) for name, value in self._module.state_dict().items()} if self._rank == 0 else {}

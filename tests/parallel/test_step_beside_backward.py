@@ -214,6 +214,9 @@ def fail(world: Communicator, folder: str, slow: int | None) -> Any:
     for _ in range(2):
         with pytest.raises(ConfigError, match=r"had changed a part of the parameters. Resume from a checkpoint"):
             engine.train_step(batch(world, 1))
+    for use in (lambda: engine.evaluate([batch(world, 1)]), engine.state_dict):
+        with pytest.raises(ConfigError, match="had changed a part"):
+            use()
     with pytest.raises(ConfigError, match="had changed a part"):
         engine.save(Path(folder) / "half")
     assert engine.resume(saved) == 1
