@@ -6,7 +6,6 @@
     total      sum over ranks                   nothing                         of which each has a term
     whole      gather                           nothing: a rank takes its own   that is split, and all of which each uses alike
     lend       gather                           sum over ranks, its own         that is split, and which each uses for something of its own
-    keep       sum over ranks, its own          gather                          of which each has a term; they end up split
     turn       all to all: split elsewhere      all to all: as it was           that is split, for what needs all along that dimension
     first      nothing                          nothing but on rank 0           whose gradient is a sum over ranks, which each uses alike
 
@@ -16,6 +15,7 @@ A tensor that all have has the same gradient on all. The names f and g of Megatr
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,45 +23,41 @@ from ringfold.parallel.split.axis import Axis
 from ringfold.parallel.split.cut import Cut
 from torch import Tensor
 
-__all__ = ["first", "gathered", "highest", "keep", "lend", "part", "share", "total", "turn", "turn_back", "whole"]
+__all__ = ["first", "gathered", "highest", "lend", "part", "share", "total", "turn", "turn_back", "whole"]
 
 
 def share(tensor: Tensor, axis: Axis) -> Tensor:
-    return _Share.apply(tensor, axis) if tensor.requires_grad else tensor  # type: ignore[no-any-return]
+    return _exchanged(tensor, _same, _sum, axis) if tensor.requires_grad else tensor
 
 
 def part(tensor: Tensor, cut: Cut) -> Tensor:
-    return _Part.apply(tensor, cut) if tensor.requires_grad else cut.take(tensor)  # type: ignore[no-any-return]
+    return _exchanged(tensor, _own, gathered, cut) if tensor.requires_grad else cut.take(tensor)
 
 
 def total(tensor: Tensor, axis: Axis) -> Tensor:
-    return _Total.apply(tensor, axis)  # type: ignore[no-any-return]
+    return _exchanged(tensor, _sum, _same, axis)  # not in place: selective recomputation keeps the terms
 
 
 def whole(tensor: Tensor, cut: Cut) -> Tensor:
-    return _Whole.apply(tensor, cut)  # type: ignore[no-any-return]
+    return _exchanged(tensor, gathered, _own, cut)
 
 
 def lend(tensor: Tensor, cut: Cut) -> Tensor:
-    return _Lend.apply(tensor, cut)  # type: ignore[no-any-return]
-
-
-def keep(tensor: Tensor, cut: Cut) -> Tensor:
-    return _Keep.apply(tensor, cut)  # type: ignore[no-any-return]
+    return _exchanged(tensor, gathered, _own_of_sum, cut)
 
 
 def turn(tensor: Tensor, cut: Cut, dim: int) -> Tensor:
     """Return all along the cut's dimension of this rank's share of `dim`, which the ranks divide."""
-    return _Turn.apply(tensor, cut, dim)  # type: ignore[no-any-return]
+    return _exchanged(tensor, _turned, _turned_back, (cut, dim))
 
 
 def turn_back(tensor: Tensor, cut: Cut, dim: int) -> Tensor:
     """Undo `turn`."""
-    return _TurnBack.apply(tensor, cut, dim)  # type: ignore[no-any-return]
+    return _exchanged(tensor, _turned_back, _turned, (cut, dim))
 
 
 def first(tensor: Tensor, axis: Axis) -> Tensor:
-    return _First.apply(tensor, axis) if tensor.requires_grad else tensor  # type: ignore[no-any-return]
+    return _exchanged(tensor, _same, _on_rank_0, axis) if tensor.requires_grad else tensor
 
 
 def highest(tensor: Tensor, axis: Axis) -> Tensor:
@@ -84,7 +80,29 @@ def gathered(tensor: Tensor, cut: Cut) -> Tensor:
     return cut.join([values.view(shape) for values, shape in zip(flat.split(sizes), shapes, strict=True)])
 
 
-def _turned(tensor: Tensor, cut: Cut, dim: int) -> Tensor:
+def _same(tensor: Tensor, _: Axis) -> Tensor:
+    return tensor
+
+
+def _on_rank_0(tensor: Tensor, axis: Axis) -> Tensor:
+    return tensor if axis.rank == 0 else torch.zeros_like(tensor)
+
+
+def _own(tensor: Tensor, cut: Cut) -> Tensor:
+    return cut.take(tensor).contiguous()
+
+
+def _own_of_sum(tensor: Tensor, cut: Cut) -> Tensor:
+    parts = [cut.take(tensor, rank) for rank in range(cut.axis.size)]
+    output = tensor.new_empty(parts[cut.axis.rank].shape)
+    vector = torch.cat([values.reshape(-1) for values in parts])
+    cut.axis.comm.reduce_scatter(output.view(-1), vector, counts=[values.numel() for values in parts])
+    cut.axis.note("reduce_scatter", vector.nbytes)
+    return output
+
+
+def _turned(tensor: Tensor, where: tuple[Cut, int]) -> Tensor:
+    cut, dim = where
     blocks = [block.reshape(-1) for block in tensor.chunk(cut.axis.size, dim)]
     shapes = [list(tensor.shape) for _ in blocks]
     for shape, length in zip(shapes, cut.lengths, strict=True):
@@ -94,7 +112,8 @@ def _turned(tensor: Tensor, cut: Cut, dim: int) -> Tensor:
     return cut.join([values.view(shape) for values, shape in zip(received, shapes, strict=True)])
 
 
-def _turned_back(tensor: Tensor, cut: Cut, dim: int) -> Tensor:
+def _turned_back(tensor: Tensor, where: tuple[Cut, int]) -> Tensor:
+    cut, dim = where
     parts = [cut.take(tensor, rank) for rank in range(cut.axis.size)]
     mine = parts[cut.axis.rank].shape
     received = _all_to_all([values.reshape(-1) for values in parts], [mine.numel()] * cut.axis.size, cut)
@@ -117,110 +136,22 @@ def _sum(tensor: Tensor, axis: Axis) -> Tensor:
     return found
 
 
-def _sum_and_take(tensor: Tensor, cut: Cut) -> Tensor:
-    parts = [cut.take(tensor, rank) for rank in range(cut.axis.size)]
-    sizes = [values.numel() for values in parts]
-    output = tensor.new_empty(parts[cut.axis.rank].shape)
-    vector = torch.cat([values.reshape(-1) for values in parts])
-    cut.axis.comm.reduce_scatter(output.view(-1), vector, counts=sizes)
-    cut.axis.note("reduce_scatter", vector.nbytes)
-    return output
+Half = Callable[[Tensor, Any], Tensor]
 
 
-class _Share(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return tensor.view_as(tensor)
+def _exchanged(tensor: Tensor, forward: Half, backward: Half, where: object) -> Tensor:
+    return _Exchange.apply(tensor, forward, backward, where)  # type: ignore[no-any-return]
+
+
+class _Exchange(torch.autograd.Function):
+    """One line of the table above."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return _sum(grad, ctx.axis), None
-
-
-class _Part(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, cut: Cut) -> Tensor:
-        ctx.cut = cut
-        found = cut.take(tensor)
-        return found.view_as(found)
+    def forward(ctx: Any, tensor: Tensor, forward: Half, backward: Half, where: object) -> Tensor:
+        ctx.half, ctx.where = backward, where
+        found = forward(tensor, where)
+        return found.view_as(found) if found is tensor else found
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return gathered(grad, ctx.cut), None
-
-
-class _Total(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, axis: Axis) -> Tensor:  # noqa: ARG004
-        return _sum(tensor, axis)  # not in place: selective recomputation keeps the terms
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]  # noqa: ARG004
-        return grad, None
-
-
-class _Whole(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, cut: Cut) -> Tensor:
-        ctx.cut = cut
-        return gathered(tensor, cut)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return ctx.cut.take(grad).contiguous(), None
-
-
-class _Lend(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, cut: Cut) -> Tensor:
-        ctx.cut = cut
-        return gathered(tensor, cut)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return _sum_and_take(grad, ctx.cut), None
-
-
-class _Keep(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, cut: Cut) -> Tensor:
-        ctx.cut = cut
-        return _sum_and_take(tensor, cut)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return gathered(grad, ctx.cut), None
-
-
-class _Turn(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, cut: Cut, dim: int) -> Tensor:
-        ctx.cut, ctx.dim = cut, dim
-        return _turned(tensor, cut, dim)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return _turned_back(grad, ctx.cut, ctx.dim), None, None
-
-
-class _TurnBack(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, cut: Cut, dim: int) -> Tensor:
-        ctx.cut, ctx.dim = cut, dim
-        return _turned_back(tensor, cut, dim)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return _turned(grad, ctx.cut, ctx.dim), None, None
-
-
-class _First(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return grad if ctx.axis.rank == 0 else torch.zeros_like(grad), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        return ctx.half(grad, ctx.where), None, None, None

@@ -50,9 +50,13 @@ def batches() -> list[tuple[Tensor, Tensor]]:
     return drawn
 
 
-def train(layout: str, save: str | None = None, resume: str | None = None) -> tuple[list[float], dict[str, Tensor], str]:
+def train(
+    layout: str, save: str | None = None, resume: str | None = None, clip_norm: float | None = 1.0
+) -> tuple[list[float], dict[str, Tensor], str]:
     mesh = rf.init(layout)
-    engine = rf.Engine(net, mesh, loss=F.cross_entropy, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True), clip_norm=1.0, bucket_mb=0.01)
+    engine = rf.Engine(
+        net, mesh, loss=F.cross_entropy, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True), clip_norm=clip_norm, bucket_mb=0.01
+    )
     if resume is not None:
         engine.resume(resume)
     losses = [engine.train_step(batch) for batch in engine.shard(batches())]
@@ -93,6 +97,17 @@ def test_in_a_file_too(tmp_path: Path) -> None:
     ((losses, _, _),) = run_ranks(1, train, "fp64", joined=False)
     for theirs, _, _ in run_ranks(2, train, f"fp64 zero3:nvme={tmp_path}", joined=False, env=GPU, timeout_s=110):
         assert theirs == pytest.approx(losses, rel=1e-10)
+
+
+@pytest.mark.parametrize("where", ["cpu", "nvme"])
+def test_a_step_beside_backward_too(where: str, tmp_path: Path) -> None:
+    ((losses, state, _),) = run_ranks(1, train, "fp64", None, None, None, joined=False)
+    layout = "fp64 zero3:cpu" if where == "cpu" else f"fp64 zero3:nvme={tmp_path}"
+    answers = run_ranks(2, train, layout, None, None, None, joined=False, env=GPU, timeout_s=110)
+    for theirs, _, _ in answers:
+        assert theirs == pytest.approx(losses, rel=1e-10)
+    for name, value in answers[0][1].items():
+        torch.testing.assert_close(value, state[name], rtol=1e-9, atol=1e-11, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize(

@@ -134,19 +134,32 @@ def train(
         f"{layout} micro{micro}",
         make,
         loss=LOSSES[loss],
-        scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step)),
+        scheduler=slower,
         clip_norm=clip_norm,
         bucket_mb=0.001,
     )
+    return numbers_of(engine)
+
+
+def numbers_of(engine: Engine) -> dict[str, Any]:
+    """Train on all batches, and return losses, norms, gradients and weights, on the CPU."""
     found: dict[str, Any] = {"losses": [], "norms": [], "grads": []}
     for batch in global_batches():
         found["losses"].append(engine.train_step(mine(batch, engine.mesh["dp"].rank, engine.mesh["dp"].size)))
         found["norms"].append(engine.grad_norm)
-        found["grads"].append({name: engine.grad(name) for name, _ in engine.module.named_parameters()})
+        found["grads"].append({name: on_cpu(engine.grad(name)) for name, _ in engine.module.named_parameters()})
     assert engine.grad("unused") is None
     assert 0 <= engine.communication_share <= 1
     with engine.whole_parameters():
-        return found | {"weights": {name: value.clone() for name, value in engine.module.state_dict().items()}}
+        return found | {"weights": {name: value.to("cpu", copy=True) for name, value in engine.module.state_dict().items()}}
+
+
+def on_cpu(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.cpu()
+
+
+def slower(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
 
 
 def assert_same_numbers(found: dict[str, Any], expected: dict[str, Any]) -> None:
