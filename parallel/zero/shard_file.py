@@ -6,8 +6,8 @@
 
 The file has no name from the beginning, so nothing of it is left however the process ends. Its space is taken when a tensor is made, not when
 it is first written: a disk that is too small says so before training. One thread does all transfers in the order in which they were asked
-for; while it does the caller computes. The kernel keeps mapping and direct transfers coherent, as long as nobody changes through one what is
-under way through the other.
+for; while it does the caller computes. Memory of a GPU is reached through pinned memory, in the order of the caller's stream. The kernel keeps
+mapping and direct transfers coherent, as long as nobody changes through one what is under way through the other.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ __all__ = ["BLOCK_NBYTES", "ShardFile", "Transfer"]
 
 BLOCK_NBYTES = 4096  # what address, offset and length of a direct transfer are multiples of
 BOUNCE_NBYTES = 4 << 20  # through which goes what is not
+Move = Callable[[int, list[memoryview], int], int]  # os.preadv, os.pwritev
 DEADLINE_S = 600.0  # for all transfers that are under way: a disk that is this slow has failed
 
 
@@ -65,6 +66,8 @@ class ShardFile:
         self._mapped: dict[int, tuple[int, mmap.mmap]] = {}  # by address of the storage, where it begins in the file
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ringfold-shard-file")
         self._bounce: mmap.mmap | None = None
+        self._stream: torch.cuda.Stream | None = None
+        self._pinned: torch.Tensor | None = None
 
     @property
     def nbytes(self) -> int:
@@ -100,11 +103,18 @@ class ShardFile:
 
     def fetch(self, resting: torch.Tensor, into: torch.Tensor) -> Transfer:
         """Begin to read a resting tensor, or a part of one that begins with a block, into contiguous memory as long."""
-        return Transfer(self._thread.submit(self._transfer, os.preadv, self._offset(resting), into, to_memory=True), self.directory)
+        return self._begin(os.preadv, resting, into, to_memory=True)
 
     def store(self, resting: torch.Tensor, values: torch.Tensor) -> Transfer:
         """Begin to write contiguous memory to a resting tensor, or a part of one that begins with a block, as long."""
-        return Transfer(self._thread.submit(self._transfer, os.pwritev, self._offset(resting), values, to_memory=False), self.directory)
+        return self._begin(os.pwritev, resting, values, to_memory=False)
+
+    def _begin(self, call: Move, resting: torch.Tensor, tensor: torch.Tensor, *, to_memory: bool) -> Transfer:
+        offset = self._offset(resting)
+        if not tensor.is_cuda:
+            return Transfer(self._thread.submit(self._transfer, call, offset, tensor, to_memory=to_memory), self.directory)
+        used_before = torch.cuda.current_stream(tensor.device).record_event()  # what is under way there may still use the memory
+        return Transfer(self._thread.submit(self._transfer_pinned, call, offset, tensor, used_before, to_memory=to_memory), self.directory)
 
     def _offset(self, resting: torch.Tensor) -> int:
         return self._mapped[resting.untyped_storage().data_ptr()][0] + int(resting.storage_offset()) * resting.itemsize
@@ -123,8 +133,23 @@ class ShardFile:
             os.close(self._fd)
             self._fd = -1
         self._mapped.clear()
+        self._pinned = None
 
-    def _transfer(self, call: Callable[[int, list[memoryview], int], int], offset: int, tensor: torch.Tensor, *, to_memory: bool) -> None:
+    def _transfer_pinned(self, call: Move, offset: int, tensor: torch.Tensor, used_before: torch.cuda.Event, *, to_memory: bool) -> None:
+        if self._stream is None or self._pinned is None:
+            self._stream = torch.cuda.Stream(tensor.device)
+            self._pinned = torch.empty(BOUNCE_NBYTES, dtype=torch.uint8, pin_memory=True)
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(used_before)
+            for number, part in enumerate(tensor.view(torch.uint8).split(BOUNCE_NBYTES)):
+                pinned = self._pinned[: part.numel()]
+                if not to_memory:
+                    pinned.copy_(part)
+                self._transfer(call, offset + number * BOUNCE_NBYTES, pinned, to_memory=to_memory)
+                if to_memory:
+                    part.copy_(pinned)  # waits: whoever sees the transfer done may use it on any stream
+
+    def _transfer(self, call: Move, offset: int, tensor: torch.Tensor, *, to_memory: bool) -> None:
         address, left = tensor.data_ptr(), tensor.nbytes
         if not self.is_direct or address % BLOCK_NBYTES == 0:
             whole = left if not self.is_direct else left // BLOCK_NBYTES * BLOCK_NBYTES
@@ -142,7 +167,7 @@ class ShardFile:
                 _memory(address, part)[:] = blocks[:part]
             address, offset, left = address + part, offset + part, left - part
 
-    def _run(self, call: Callable[[int, list[memoryview], int], int], offset: int, memory: memoryview) -> None:
+    def _run(self, call: Move, offset: int, memory: memoryview) -> None:
         done = 0
         while done < len(memory):
             moved = call(self._fd, [memory[done:]], offset + done)

@@ -87,6 +87,7 @@ def check_memory(world: Any, times: int) -> list[int]:
     return used
 
 
+@pytest.mark.quiet  # it looks at the memory of the whole GPU
 def test_a_closed_communicator_gives_its_memory_back() -> None:
     for used in run_ranks(2, check_memory, 8):
         assert used[-1] <= max(used[:3]), f"bytes of the GPU in use after each communicator: {used}"

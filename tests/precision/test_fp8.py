@@ -26,6 +26,7 @@ from tests.parallel.test_engine import make_engine
 from tests.precision.test_quantised import own_scale, rounded
 from tests.precision.test_training import batches, engine_of, losses
 
+CPU = torch.device("cpu")
 BF16 = 2.0**-8  # half a unit in the last of 8 bits
 
 
@@ -39,9 +40,9 @@ class Pair(nn.Module):
         self.bfloat16()
 
 
-def quantised_pair(bias: bool = True, **settings: Any) -> tuple[Pair, QuantisedLinears]:
-    model = Pair(bias)
-    return model, QuantisedLinears(model, {}, Casting(model, torch.bfloat16), OneRank(), Fp8(**settings), torch.device("cpu"))  # type: ignore[arg-type]
+def quantised_pair(bias: bool = True, device: torch.device = CPU, **settings: Any) -> tuple[Pair, QuantisedLinears]:
+    model = Pair(bias).to(device)
+    return model, QuantisedLinears(model, {}, Casting(model, torch.bfloat16), OneRank(), Fp8(**settings), device)  # type: ignore[arg-type]
 
 
 class OneRank:
@@ -75,8 +76,8 @@ def test_on_hardware_with_fp8_they_are_too(lead: tuple[int, ...], bias: bool) ->
 
 
 def compare_with_float64(device: torch.device, lead: tuple[int, ...], bias: bool) -> None:
-    model, _ = quantised_pair(bias)
-    layer = model.to(device).layer
+    model, _ = quantised_pair(bias, device)
+    layer = model.layer
     layer.zero_grad()
     x = (torch.randn(*lead, 32) * 3).bfloat16().to(device).requires_grad_()
     g = (torch.randn(*lead, 48) * 1e-3).bfloat16().to(device)
