@@ -42,7 +42,7 @@ class Reader(nn.Module):
         self.double()
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embedding(tokens).cumsum(1) / torch.arange(1, POSITIONS + 1)[:, None]
+        x = self.embedding(tokens).cumsum(1) / torch.arange(1, POSITIONS + 1, device=tokens.device)[:, None]
         return self.head(self.norm(F.gelu(self.hidden(x)))).transpose(1, 2)
 
 

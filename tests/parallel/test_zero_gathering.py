@@ -47,7 +47,7 @@ class Deep(nn.Module):
         self.double()
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embedding(tokens).cumsum(1) / torch.arange(1, POSITIONS + 1)[:, None]
+        x = self.embedding(tokens).cumsum(1) / torch.arange(1, POSITIONS + 1, device=tokens.device)[:, None]
         for block in self.blocks:
             x = block(x)
         x = self.blocks[1](x) * self.scale

@@ -119,6 +119,27 @@ def test_norms_and_what_is_named_stay_in_float32(layout: str) -> None:
     assert seen["head"] == "torch.bfloat16 torch.bfloat16"
 
 
+def seen_by_the_loss(world: Communicator, layout: str) -> list[Tensor]:
+    seen = []
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        seen.append(target)
+        return F.mse_loss(output, target)
+
+    engine = make_engine(world, layout, lambda: nn.Linear(3, 2), loss=loss)
+    batch = torch.ones(2, 3), torch.full((2, 2), 1 + 2**-20)
+    engine.train_step(batch)
+    engine.evaluate([batch])
+    return seen
+
+
+@pytest.mark.parametrize("layout", ["", "bf16", "fp16 zero2", "fp64"])
+def test_targets_reach_the_loss_as_they_were_given(layout: str) -> None:
+    (seen,) = run_ranks(1, seen_by_the_loss, layout)
+    assert len(seen) == 2
+    assert all(target.eq(1 + 2**-20).all() and target.dtype == (torch.float64 if layout == "fp64" else torch.float32) for target in seen)
+
+
 def misspelt(world: Communicator) -> None:
     with pytest.raises(PrecisionError, match=r"keep_float32: no module or parameter is called 'ruoter' \(did you mean 'router'\?\)"):
         engine_of(world, "bf16", keep_float32=["ruoter"])
