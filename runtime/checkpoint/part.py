@@ -15,8 +15,24 @@ from ringfold.collectives.errors import ConfigError
 from ringfold.parallel.placement import Local, Placement
 
 
+class Stretch:
+    """Elements in a row of the tensor that is, or whose shape is, `of`."""
+
+    of: tuple[int, ...] | Local
+
+    @property
+    def local(self) -> Local:
+        """The local tensor; where only a shape was given it is the whole one, without a name."""
+        return self.of if isinstance(self.of, Local) else local_whole(self.of)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the whole tensor."""
+        return self.local.placement.shape
+
+
 @dataclass(frozen=True)
-class TensorPart:
+class TensorPart(Stretch):
     """Elements `start` to `start + values.numel()` of a flattened tensor; `values` is 1-dimensional.
 
     of: the tensor's shape, or the local tensor that it is.
@@ -32,16 +48,6 @@ class TensorPart:
     def __post_init__(self) -> None:
         if self.values.dim() != 1 or not 0 <= self.start <= self.stop <= prod(self.local.shape):
             raise ConfigError(f"values of shape {tuple(self.values.shape)} are no part of a tensor of {self.of} that begins at {self.start}")
-
-    @property
-    def local(self) -> Local:
-        """The local tensor; where only a shape was given it is the whole one, without a name."""
-        return self.of if isinstance(self.of, Local) else local_whole(self.of)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the whole tensor."""
-        return self.local.placement.shape
 
     @property
     def stop(self) -> int:

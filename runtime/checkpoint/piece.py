@@ -12,14 +12,14 @@ from math import prod
 
 from ringfold.collectives.errors import CheckpointError, ConfigError
 from ringfold.parallel.placement import Local
-from ringfold.runtime.checkpoint.part import TensorPart, local_whole
+from ringfold.runtime.checkpoint.part import Stretch, TensorPart
 from torch import Tensor, nn
 
 Named = Iterable["tuple[str, nn.Parameter | Piece]"]
 
 
 @dataclass(frozen=True)
-class Piece:
+class Piece(Stretch):
     """Elements `start` to `start + parameter.numel()` of a flattened tensor; 1-dimensional, or all of it in its own shape.
 
     of: the tensor's shape, or the local tensor that it is.
@@ -36,16 +36,6 @@ class Piece:
         form, local = tuple(self.parameter.shape), self.local.shape
         if (form != local or self.start != 0) and (len(form) != 1 or not 0 <= self.start <= self.stop <= prod(local)):
             raise ConfigError(f"a parameter of shape {form} is not a piece of {self.of} that begins at element {self.start}")
-
-    @property
-    def local(self) -> Local:
-        """The local tensor; where only a shape was given it is the whole one, without a name."""
-        return self.of if isinstance(self.of, Local) else local_whole(self.of)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the whole tensor."""
-        return self.local.placement.shape
 
     @property
     def stop(self) -> int:
