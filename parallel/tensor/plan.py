@@ -114,21 +114,12 @@ def shards_of(name: str, part: nn.Module, word: str) -> dict[str, Shard]:
 
 def _own_plan(module: nn.Module) -> Iterator[tuple[str, str]]:
     """Yield the words of the plan that a Hugging Face model carries, by module name."""
-    for prefix, part in module.named_modules():
-        for attribute in ("_tp_plan", "tp_plan"):
-            try:
-                styles = getattr(part, attribute, None)
-            except Exception:  # a property that is not ready
-                continue
-            if isinstance(styles, Mapping) and styles and not prefix:
-                for pattern, style in styles.items():
-                    yield from _fitting(module, str(pattern), OF_HUGGING_FACE.get(str(style)))
-
-
-def _fitting(module: nn.Module, pattern: str, word: str | None) -> Iterator[tuple[str, str]]:
-    for name, part in module.named_modules():
-        if word is not None and fnmatchcase(name, pattern) and _can_be(part, word):
-            yield name, word
+    styles = getattr(module, "_tp_plan", None)
+    for pattern, style in styles.items() if isinstance(styles, Mapping) else ():
+        word = OF_HUGGING_FACE.get(style)
+        for name, part in module.named_modules():
+            if word is not None and fnmatchcase(name, pattern) and _can_be(part, word):
+                yield name, word
 
 
 def _can_be(part: nn.Module, word: str) -> bool:

@@ -285,6 +285,22 @@ def test_a_plan_is_found_by_names_and_classes() -> None:
     assert find_plan(Encoder(), 2)["encoder.layers.1.self_attn"] == "column"
 
 
+class Odd(nn.Module):
+    """Has names that tell nothing, and says itself what they are, as models of Hugging Face do."""
+
+    _tp_plan = {"inner.*.alpha": "colwise", "inner.*.omega": "rowwise", "inner.*.norm": "sequence_parallel", "table": "colwise"}  # noqa: RUF012
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.ones(3))
+        self.inner = nn.ModuleList(nn.ModuleDict({"alpha": nn.Linear(4, 6), "omega": nn.Linear(6, 4), "norm": nn.LayerNorm(4)}) for _ in range(2))
+
+
+def test_the_plan_that_a_model_carries_counts_where_names_tell_nothing() -> None:
+    assert find_plan(Odd(), 2) == {f"inner.{k}.{name}": word for k in (0, 1) for name, word in (("alpha", "column"), ("omega", "row"))}
+    assert find_plan(Odd().inner, 2) == {}, "a part of a model carries none"
+
+
 def test_words_of_a_plan_become_shards() -> None:
     assert shards_of("a", nn.Linear(4, 9), "column:3+3+3") == {"weight": Shard(0, (3, 3, 3)), "bias": Shard(0, (3, 3, 3))}
     assert shards_of("a", nn.Linear(4, 9, bias=False), "row") == {"weight": Shard(1)}
