@@ -88,7 +88,7 @@ class Division:
         """Return which parameters are divided and how, and what was gathered in the last step because no rule knew better."""
         lines = [] if self.tensor is None else [self.tensor.explain()]
         if self.context is not None:
-            lines.append(f"sequences are divided over cp, {self.context.axis.attention} attention")
+            lines.append(f"sequences are divided over cp, {self.context.algorithm} attention")
         for axis in self.axes:
             if axis.gathered:
                 lines.append(

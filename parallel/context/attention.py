@@ -7,47 +7,33 @@ gathered    every rank has all keys and values of its batch for a while: whateve
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from ringfold.parallel.context.ring import ring_attention
 from ringfold.parallel.split import exchange
+from ringfold.parallel.split.attention import Attention, Options
 from ringfold.parallel.split.cut import Cut
 from torch import Tensor
 
-__all__ = ["Options", "over_tokens"]
+__all__ = ["over_tokens"]
 
-Attention = Callable[..., Tensor]
 HEADS, TOKENS = 1, 2
 
 
-@dataclass(frozen=True)
-class Options:
-    """What scaled_dot_product_attention is given beside queries, keys and values."""
-
-    mask: Tensor | None
-    dropout: float
-    is_causal: bool
-    scale: float | None
-
-    def call(self, function: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return function(query, key, value, self.mask, self.dropout, self.is_causal, scale=self.scale)
-
-
-def over_tokens(function: Attention, query: Tensor, key: Tensor, value: Tensor, cut: Cut, options: Options) -> Tensor:
+def over_tokens(function: Attention, query: Tensor, key: Tensor, value: Tensor, cut: Cut, options: Options, algorithm: str = "ring") -> Tensor:
     """Return this rank's part of the attention of the whole; `cut` divides dimension -2 of all three, whose leading dimensions are equal.
 
-    function: scaled_dot_product_attention. The mask is that of the whole, broadcast as there.
+    function: scaled_dot_product_attention. algorithm: "ring" or "ulysses", where that does it. The mask is that of the whole, broadcast as there.
     """
     if query.dim() == 3:
-        return over_tokens(function, query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0), cut, options).squeeze(0)
+        return over_tokens(function, query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0), cut, options, algorithm).squeeze(0)
     if query.dim() != 4:
         return _gathered(function, query, key, value, cut.at(query.dim() - 2), options)
     cut = cut.at(TOKENS)
     if options.mask is not None:
         options = replace(options, mask=options.mask[(None,) * (4 - options.mask.dim())])
-    if cut.axis.attention == "ulysses" and query.shape[HEADS] % cut.axis.size == 0:
+    if algorithm == "ulysses" and query.shape[HEADS] % cut.axis.size == 0:
         return _by_heads(function, query, key, value, cut, options)
     if options.dropout or (options.mask is not None and options.mask.requires_grad):
         return _gathered(function, query, key, value, cut, options)

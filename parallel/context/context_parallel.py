@@ -11,10 +11,12 @@ is the sum of what the ranks have, as over "dp", and is reduced together with th
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from ringfold.collectives.communicator import Communicator
 from ringfold.collectives.errors import ConfigError
+from ringfold.parallel.context.attention import over_tokens
 from ringfold.parallel.context.ring import zigzag
 from ringfold.parallel.split.axis import Axis
 from ringfold.parallel.split.cut import Cut
@@ -31,7 +33,8 @@ class ContextParallel:
     """Divide sequences over the ranks of `comm` for the attention of `algorithm`, "ring" or "ulysses"."""
 
     def __init__(self, comm: Communicator, algorithm: str) -> None:
-        self.axis = Axis("cp", comm, algorithm, sums_parameters=True)
+        self.algorithm = algorithm
+        self.axis = Axis("cp", comm, functools.partial(over_tokens, algorithm=algorithm), sums_parameters=True)
 
     def divide(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments of a model with this rank's part of every tensor that has tokens: [rows, tokens, ...].
@@ -57,10 +60,10 @@ class ContextParallel:
 
     def cut(self, length: int) -> Cut:
         """Return how so many tokens are divided."""
-        parts = self.axis.size * (2 if self.axis.attention == "ring" else 1)
+        parts = self.axis.size * (2 if self.algorithm == "ring" else 1)
         if length < parts:
             raise ConfigError(
-                f"cp{self.axis.size}:{self.axis.attention} cuts a sequence into {parts} parts, and this one has {length} tokens. "
+                f"cp{self.axis.size}:{self.algorithm} cuts a sequence into {parts} parts, and this one has {length} tokens. "
                 f"Use cp{max(1, length * self.axis.size // parts)}, or longer sequences."
             )
-        return zigzag(self.axis, TOKENS, length) if self.axis.attention == "ring" else Cut.evenly(self.axis, TOKENS, length)
+        return zigzag(self.axis, TOKENS, length) if self.algorithm == "ring" else Cut.evenly(self.axis, TOKENS, length)

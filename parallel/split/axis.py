@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 from ringfold.collectives.communicator import Communicator
+from torch import Tensor
 
 __all__ = ["Axis"]
 
@@ -13,14 +15,14 @@ class Axis:
     """One axis of the mesh, `comm`.
 
     gathered: by operation that has no rule, how many tensors were put together for it. exchanged: by collective, how many there were and the bytes
-    of their vectors; both since `forget`. attention: how queries of one rank see keys of another, "ring" or "ulysses".
+    of their vectors; both since `forget`. attend: how queries of one rank see keys of another, where sequences are divided over the axis.
     sums_parameters: what ranks have of a parameter's gradient is summed over the axis, as it is over "dp".
     """
 
-    def __init__(self, name: str, comm: Communicator, attention: str = "ring", sums_parameters: bool = False) -> None:
+    def __init__(self, name: str, comm: Communicator, attend: Callable[..., Tensor] | None = None, sums_parameters: bool = False) -> None:
         self.name = name
         self.sums_parameters = sums_parameters
-        self.attention = attention
+        self.attend = attend
         self.comm = comm
         self.rank = comm.rank
         self.size = comm.size

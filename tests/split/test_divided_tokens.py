@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from ringfold.parallel.context import partial_attention
+from ringfold.parallel.context.attention import over_tokens
 from ringfold.parallel.context.ring import zigzag
 from ringfold.parallel.split import rules  # noqa: F401  makes them known
 from ringfold.parallel.split.axis import Axis
@@ -34,7 +36,7 @@ def masks() -> dict[str, Tensor | None]:
 
 
 def hold(world, algorithm: str, division: str, kv_heads: int) -> None:
-    axis = Axis("cp", world, algorithm)
+    axis = Axis("cp", world, functools.partial(over_tokens, algorithm=algorithm))
     for name, mask in masks().items():
         for is_causal in (False, True):
             if is_causal and mask is not None:

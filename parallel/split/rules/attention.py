@@ -1,4 +1,4 @@
-"""Attention: by heads, which know nothing of each other; and of divided sequences, which do (parallel/context)."""
+"""Attention: by heads, which know nothing of each other; and of divided sequences, which do (`Axis.attend`)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from ringfold.parallel.context.attention import Options, over_tokens
+from ringfold.parallel.split.attention import Options
 from ringfold.parallel.split.cut import Cut
 from ringfold.parallel.split.rules.agreement import agree, labels_of
 from ringfold.parallel.split.rules.randomness import drawn_apart
@@ -48,17 +48,18 @@ def _attention(
     cuts = found.cuts([*range(len(batch)), QUERY, WIDTH])
     options = Options(mask[0] if mask else None, dropout_p, is_causal, scale)
     with drawn_apart(cuts if dropout_p else (), q.device):
-        result = options.call(func, q, k, v) if tokens is None else over_tokens(func, q, k, v, tokens, options)
+        attend = None if tokens is None else tokens.axis.attend
+        result = options.call(func, q, k, v) if attend is None else attend(func, q, k, v, tokens, options)
     return made(result, (*batch, query.shape[-2], value.shape[-1]), cuts, found.terms)
 
 
 def _divided_tokens(*operands: Tensor) -> Cut | None:
-    """Return how queries, keys and values are all divided along the sequence, or None if they are not, or not alike."""
+    """Return how queries, keys and values are all divided along the sequence, or None if they are not, or not alike, or nobody attends over them."""
     found = [[cut for cut in cuts_of(one) if cut.dim == one.dim() - 2] for one in operands]
     if not all(found):
         return None
     first = found[0][0]
-    return first if all(cuts[0].matches(first) for cuts in found) else None
+    return first if first.axis.attend is not None and all(cuts[0].matches(first) for cuts in found) else None
 
 
 def _cuts(operand: Tensor, tokens: Cut | None) -> list[Cut]:
